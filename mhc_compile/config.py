@@ -36,7 +36,7 @@ ENVIRONMENT_OTHER = frozenset({"CACHE_DIR"})
 
 # ------------------------------------------------------------------------------------------------ kinds of values
 class Kind(Protocol):
-    """What a field accepts. ``take`` normalises a Python value, ``read`` a text; both raise ValueError if it is illegal."""
+    """What a field accepts: ``take`` normalises a value, ``read`` a text; both raise ValueError with a hint (or "")."""
 
     @property
     def legal(self) -> str:
@@ -92,10 +92,10 @@ class Flag:
         return value
 
     def read(self, text: str) -> object:
-        words = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
-        if text.lower() not in words:
+        word = text.lower()
+        if word not in ("1", "true", "on", "yes", "0", "false", "off", "no"):
             raise ValueError(" In the environment: 1 or 0.")
-        return words[text.lower()]
+        return word in ("1", "true", "on", "yes")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _option(default: Any, kind: Kind, doc: str) -> Any:
 # ------------------------------------------------------------------------------------------------ the options
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything that can be asked of the backend. Immutable, comparable and hashable; each field's text is in its metadata.
+    """Everything that can be asked of the backend: immutable, comparable, hashable. Metadata holds the text of a field.
 
     Raises OptionError if a value is illegal or two of them contradict each other.
     """
@@ -183,8 +183,8 @@ class Options:
     variant: str = _option(
         "mhc",
         Choice(("mhc", "single_pass", "identity", "hc")),
-        "`mhc`: H_res projected by Sinkhorn-Knopp (the paper). `single_pass`: the pre-mix of a site comes from the site "
-        "before it (DeepSeek V4.1). `identity`: H_res = I. `hc`: unconstrained hyper-connections.",
+        "`mhc`: H_res projected by Sinkhorn-Knopp (the paper). `single_pass`: the pre-mix of a site comes from the "
+        "site before it (DeepSeek V4.1). `identity`: H_res = I. `hc`: unconstrained hyper-connections.",
     )
     init: str = _option(
         "preserve",
@@ -198,8 +198,8 @@ class Options:
     collapse: str = _option(
         "mean",
         Choice(("mean", "sum", "learned")),
-        "How the streams become one at the end of a chain. `sum` is refused with `init='preserve'`: n equal copies add up to "
-        "n times the original.",
+        "How the streams become one at the end of a chain. `sum` is refused with `init='preserve'`: n equal copies add "
+        "up to n times the original.",
     )
     post_norm: str = _option(
         "leave",
@@ -209,30 +209,36 @@ class Options:
     include: tuple[str, ...] = _option(
         (), Globs(), "Only sites owned by modules whose name matches one of these globs are widened; empty means all."
     )
-    exclude: tuple[str, ...] = _option((), Globs(), "Sites owned by modules that match are left alone; wins over `include`.")
+    exclude: tuple[str, ...] = _option(
+        (), Globs(), "Sites owned by modules that match are left alone; wins over `include`."
+    )
     rewrite: bool = _option(True, Flag(), "Find residual adds and widen them.")
     raise_patterns: bool = _option(True, Flag(), "Find hand-written hyper-connections and replace them by our ops.")
     fuse: bool = _option(True, Flag(), "Fuse the ops of neighbouring sites into one kernel.")
     recompute: str | int = _option(
         "off",
         Bytes(("off", "memory", "speed")),
-        "`off`: keep every stream state for the backward. `memory`: least peak. `speed`: recompute only what does not fit "
-        "`memory_budget`. A number: the bytes that the kept stream states may take.",
+        "`off`: keep every stream state for the backward. `memory`: least peak. `speed`: recompute only what does not "
+        "fit `memory_budget`. A number: the bytes that the kept stream states may take.",
     )
     memory_budget: int | None = _option(
         None, Bytes(), "Bytes of device memory for `recompute='speed'`; None means what the device has free."
     )
     schedule: str = _option(
-        "off", Choice(("off", "auto")), "`auto`: put side work on other GPU streams where the measured costs predict a gain."
+        "off",
+        Choice(("off", "auto")),
+        "`auto`: put side work on other GPU streams where the measured costs predict a gain.",
     )
     lowering: str = _option(
         "auto",
         Choice(("auto", "native", "triton")),
-        "`auto`: our Triton kernels where they apply. `native`: the PyTorch bodies, fused by inductor. `triton`: as `auto`, "
-        "but an op without a kernel is an error.",
+        "`auto`: our Triton kernels where they apply. `native`: the PyTorch bodies, fused by inductor. `triton`: as "
+        "`auto`, but an op without a kernel is an error.",
     )
     compiler: str = _option(
-        "inductor", Choice(("inductor", "aot_eager", "eager")), "What compiles the rewritten graph; the last two are for debugging."
+        "inductor",
+        Choice(("inductor", "aot_eager", "eager")),
+        "What compiles the rewritten graph; the last two are for debugging.",
     )
     on_failure: str = _option(
         "raise",
@@ -240,7 +246,7 @@ class Options:
         "When a graph cannot be converted: `raise` the error, or `warn` and compile it as it is.",
     )
     verify: bool = _option(
-        False, Flag(), "Run the rewritten graph beside the original once and raise if they differ by more than rounding."
+        False, Flag(), "Run the rewritten graph beside the original once; raise if they differ by more than rounding."
     )
 
     def __post_init__(self) -> None:
@@ -256,7 +262,8 @@ class Options:
 def _contradiction(options: Options) -> tuple[str, str] | None:
     """The first pair of options that cannot both hold, with its cure; None if all is well."""
     if options.collapse == "sum" and options.init == "preserve" and options.streams > 1:
-        what = f"collapse='sum' contradicts init='preserve': {options.streams} equal streams add up to {options.streams} times the original"
+        n = options.streams
+        what = f"collapse='sum' contradicts init='preserve': {n} equal streams add up to {n} times the original"
         return what, "collapse='mean', or init='paper' to train from scratch"
     if options.memory_budget is not None and options.recompute not in ("speed", "off"):
         what = f"memory_budget is read by recompute='speed' only, and recompute is {options.recompute!r}"
@@ -284,8 +291,8 @@ def _checked(name: str, value: Any, *, text: bool, where: str | None = None) -> 
     try:
         return kind.read(value) if text else kind.take(value)
     except ValueError as error:
-        hint = str(error)
-        raise OptionError(f"option {name}={value!r} is not legal.{hint}", where=where, cure=f"{name} takes {kind.legal}") from None
+        what = f"option {name}={value!r} is not legal.{error}"
+        raise OptionError(what, where=where, cure=f"{name} takes {kind.legal}") from None
 
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -352,7 +359,8 @@ def resolve(
     """Validate and merge every source of options; see the module's docstring for the order. Raises OptionError."""
     if isinstance(options, Options):
         # An object does not remember which fields were written, so those that differ from the default count as asked.
-        asked = {name: getattr(options, name) for name, item in _FIELDS.items() if getattr(options, name) != item.default}
+        given = {name: getattr(options, name) for name in _FIELDS}
+        asked = {name: value for name, value in given.items() if value != _FIELDS[name].default}
     elif options is None or isinstance(options, Mapping):
         asked = dict(options or {})
     else:

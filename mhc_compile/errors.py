@@ -67,7 +67,7 @@ def _restore(cls: type[_Told], what: str, where: str | None, cure: str | None) -
 
 
 class MhcError(_Told, Exception):
-    """Base of every error of this package; ``what``, ``where`` (user's file:line or None) and ``cure`` are attributes."""
+    """Base of every error of this package; ``what``, ``where`` (user's file:line) and ``cure`` are attributes."""
 
 
 class OptionError(MhcError, ValueError):
@@ -77,13 +77,13 @@ class OptionError(MhcError, ValueError):
 class NoSiteError(MhcError):
     """The model has no residual add that could be widened and no hyper-connection that could be raised."""
 
-    default_cure = 'mhc_compile.explain(model, *inputs) lists every add that was looked at; to compile as is: backend="inductor"'
+    default_cure = "mhc_compile.explain(model, *inputs) lists every add that was looked at and why it was left alone"
 
 
 class FragmentError(MhcError):
     """A graph break (or a per-layer compile) cuts a residual chain: the streams would have to cross the border."""
 
-    default_cure = "compile the whole model as one graph: torch.compile(model, fullgraph=True, ...) shows what breaks it"
+    default_cure = "compile the whole model as one graph; torch.compile(model, fullgraph=True) shows what breaks it"
 
 
 class LayoutError(MhcError):
@@ -95,13 +95,13 @@ class CarrierError(MhcError):
 
 
 class UncompiledError(MhcError):
-    """A converted model was about to run without its hyper-connections (called uncompiled, exported, or fallen back)."""
+    """A converted model was about to run without its hyper-connections: called uncompiled, exported, fallen back."""
 
     default_cure = "call the compiled model, or drop the hyper-connections with mhc_compile.to_plain(model)"
 
 
 class CheckpointError(MhcError):
-    """A checkpoint and the model disagree: it says that it is converted but lacks the parameters, or its keys do not fit."""
+    """A checkpoint and the model disagree: one says it is converted and lacks the parameters, or keys do not fit."""
 
 
 class MismatchError(MhcError):
@@ -111,7 +111,7 @@ class MismatchError(MhcError):
 
 
 class WrappedModelError(MhcError):
-    """The model was wrapped in DDP or FSDP before its hyper-connection parameters existed, so they would not be synchronised."""
+    """DDP or FSDP wrapped the model before its hyper-connection parameters existed: they would not be synchronised."""
 
     default_cure = "call mhc_compile.prepare(model, *example_inputs) first, then wrap it, then torch.compile it"
 
