@@ -1,0 +1,37 @@
+"""The vocabulary: six semantic ops, registered under `torch.ops.mhc` when this package is imported (no CUDA call).
+
+    expand(x, streams)                                              -> X
+    coefficients(X, phi, bias, alpha_pre, alpha_post?, alpha_res?, **CoefficientSpec.op_arguments())
+                                                                    -> (pre, post, res, projection)
+    sinkhorn(logits, **SinkhornSpec.op_arguments())                 -> H
+    pre(X, h_pre)                                                   -> u
+    post(X, y, h_post, h_res?, transpose=False)                     -> X'
+    collapse(X, kind)                                               -> x
+
+X is [..., n, C]: stream axis at -2, channels last. Each op is a `SemanticOp`: call it, or use `.native` (plain
+PyTorch, the op's meaning), `.native_backward`, `.overload` (`torch.ops.mhc.<name>.default`) and `.backward_overload`.
+"""
+
+from .base import SemanticOp
+from .coefficients import coefficients
+from .collapse import collapse
+from .expand import expand
+from .post import post
+from .pre import pre
+from .sinkhorn import sinkhorn
+from .spec import CoefficientSpec, SinkhornSpec
+
+OPS: dict[str, SemanticOp] = {op.name: op for op in (expand, coefficients, sinkhorn, pre, post, collapse)}
+
+__all__ = [
+    "OPS",
+    "CoefficientSpec",
+    "SemanticOp",
+    "SinkhornSpec",
+    "coefficients",
+    "collapse",
+    "expand",
+    "post",
+    "pre",
+    "sinkhorn",
+]
