@@ -1,4 +1,4 @@
-"""What every test can count on: a fixed seed, no compiled code of another test, no options from the shell, no old caches."""
+"""What every test can count on: a fixed seed, no code compiled by another test, no shell options, no old cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OWN_CACHE = "MHC_TEST_OWN_INDUCTOR_CACHE"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give inductor a cache of this run: an artefact of an earlier source must not decide a test. Workers inherit it."""
+    """Give inductor a cache of this run (workers inherit it): an artefact of older source must not decide a test."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="mhc_inductor_")
         os.environ[_OWN_CACHE] = str(os.getpid())
