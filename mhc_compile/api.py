@@ -1,0 +1,111 @@
+"""``prepare`` and ``explain``: the conversion without the compilation.
+
+Both let Dynamo trace the model with a backend that converts the graph and then leaves, so nothing of the model runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mhc_compile import compat
+from mhc_compile.config import resolve
+from mhc_compile.convert import Conversion, as_error, convert
+from mhc_compile.errors import FragmentError, MhcError
+from mhc_compile.model.state import unwrap
+from mhc_compile.report import CompileReport, make_report
+
+
+def prepare(model: nn.Module, *example_inputs: Any, **options: Any) -> nn.Module:
+    """Give a model its hyper-connection parameters before the first compiled call, without running it.
+
+    Needed before DDP or FSDP wraps it, before an optimizer state is loaded, and for a model on the meta device. A
+    later ``torch.compile(model, backend="mhc", options=...)`` with the same options uses them.
+
+    Args:
+        model: the module, or its compiled wrapper.
+        example_inputs: positional arguments of its forward; a dictionary as the last one gives keyword arguments.
+            Real, fake or meta tensors.
+        options: as ``torch.compile(..., options=...)``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        MhcError: as the compiled model would raise; the model is unchanged then.
+    """
+    _trace(unwrap(model), example_inputs, options, commit=True)
+    return model
+
+
+def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileReport:
+    """Say what the backend would do with a model: sites, chains, what is left alone and why, parameters, passes.
+
+    Nothing is compiled, run or changed. Arguments as ``prepare``; a model that cannot be converted gives a report
+    whose ``error`` says why.
+    """
+    model = unwrap(model)
+    try:
+        return _trace(model, example_inputs, options, commit=False).report
+    except MhcError as error:
+        report = getattr(error, "report", None) or make_report(type(model).__name__, resolve(options, None))
+        report.error = str(error)
+        return report
+
+
+def _trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, commit: bool) -> Conversion:
+    resolved = resolve(options or None, None)
+    done = compat.capture_done()
+    outcome: list[Conversion | MhcError] = []
+
+    def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        try:
+            conversion = convert(gm, example_inputs, resolved)
+            if commit:
+                conversion.parameters.commit()
+            outcome.append(conversion)
+        except compat.passthrough_exceptions():
+            raise
+        except Exception as error:  # reported by the caller, outside of Dynamo
+            outcome.append(as_error(error))
+        raise done
+
+    args, kwargs = _split(model, inputs)
+    compiled = torch.compile(_caller(model), backend=capture, fullgraph=True, dynamic=False)
+    try:
+        compiled(*args, **kwargs)
+    except done:
+        pass
+    except compat.unsupported_exceptions() as error:
+        raise FragmentError(f"the model is not one graph: {str(error).splitlines()[0]}", where=_break_place(error)) from error
+    if not outcome:
+        raise FragmentError("Dynamo captured no graph of the model", cure="check that the inputs reach its layers")
+    result = outcome[-1]
+    if isinstance(result, MhcError):
+        raise result
+    return result
+
+
+def _caller(model: nn.Module) -> Any:
+    return model
+
+
+def _split(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A dictionary in the last place holds keyword arguments if forward knows their names."""
+    if not inputs or not isinstance(inputs[-1], Mapping) or not all(isinstance(key, str) for key in inputs[-1]):
+        return list(inputs), {}
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {p.name for p in parameters}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if takes_any or inputs[-1].keys() <= names:
+        return list(inputs[:-1]), dict(inputs[-1])
+    return list(inputs), {}
+
+
+def _break_place(error: BaseException) -> str | None:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else None

@@ -1,0 +1,92 @@
+"""``torch.compile(model, backend="mhc")``: the whole pipeline on one screen.
+
+Registered as an entry point of the group ``torch_dynamo_backends``; torch imports this module when the backend is
+first asked for. Failures never leave the backend as exceptions: Dynamo would turn some of them into a graph break and
+run the model without its hyper-connections. What is returned instead raises the error when it is called.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from mhc_compile import compat
+from mhc_compile.config import Resolved, resolve
+from mhc_compile.convert import Conversion, as_error, convert
+from mhc_compile.errors import MhcError, NotConvertedWarning
+from mhc_compile.lowering.base import LoweringLog
+from mhc_compile.lowering.inductor import config_patches
+from mhc_compile.report import CompileReport
+from mhc_compile.runtime import Converted, Failed
+from mhc_compile.verify import verify
+
+log = logging.getLogger("mhc_compile")
+
+reports: collections.deque[CompileReport] = collections.deque(maxlen=32)
+"""The reports of the latest conversions of this process, newest last."""
+
+
+def mhc(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: capture, raise, find, widen, then inductor with our passes.
+
+    Args:
+        gm: Dynamo's torch-level graph, parameters as placeholders; not edited.
+        example_inputs: real tensors, ``nn.Parameter`` among them, and sizes.
+        mode, options: as given to ``torch.compile``; see ``config.Options``.
+
+    Returns:
+        A callable with the graph's signature. If the graph cannot be converted, one that raises the reason
+        (``on_failure="raise"``), or the graph compiled as it is, with a warning (``on_failure="warn"``).
+    """
+    try:
+        resolved = resolve(options, mode)
+    except MhcError as error:
+        return Failed(error)
+    try:
+        conversion = convert(gm, example_inputs, resolved)
+        if not conversion.changed:
+            return _compile(gm, example_inputs, resolved, LoweringLog())
+        if resolved.options.verify:
+            verify(gm, example_inputs, conversion, resolved.options)
+        lowering = LoweringLog()
+        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering)
+        conversion.commit()
+        _publish(conversion, lowering)
+        return Converted(inner, conversion.parameters.slots)
+    except compat.passthrough_exceptions():
+        raise
+    except Exception as error:  # every other exception is ours to report: see the module docstring
+        failure = as_error(error)
+        if resolved.options.on_failure == "raise":
+            return Failed(failure)
+        warnings.warn(NotConvertedWarning(failure.what, where=failure.where, cure=failure.cure), stacklevel=2)
+        return _compile(gm, example_inputs, resolved, LoweringLog())
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog) -> Callable[..., Any]:
+    """Hand a graph to what the option ``compiler`` names."""
+    options = resolved.options
+    if options.compiler != "inductor":
+        return compat.lookup_backend(options.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
+    return compat.inductor_compile(gm, inputs, {**resolved.inductor, **config_patches(options, lowering)})  # type: ignore[no-any-return]
+
+
+def _publish(conversion: Conversion, lowering: LoweringLog) -> None:
+    report = conversion.report
+    report.lowering = lowering.lines()
+    reports.append(report)
+    log.info("%s", report)
+    log.debug("%s", report.graph)
+    compat.trace_artifact("mhc_compile_report", report.to_json())
+    compat.trace_artifact("mhc_compile_graph", report.graph)

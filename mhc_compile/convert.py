@@ -1,0 +1,141 @@
+"""One captured graph through the passes: what ``backend``, ``prepare`` and ``explain`` have in common.
+
+Nothing outside of our own copy of the graph is touched until ``Conversion.commit``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mhc_compile import compat
+from mhc_compile.capture import ModuleMap, copy_graph, functionalize, inline_checkpoints
+from mhc_compile.capture.checkpoints import checkpoint_nodes
+from mhc_compile.capture.frames import enclosing_modules, is_transparent
+from mhc_compile.config import Resolved
+from mhc_compile.errors import MhcError, NoSiteError
+from mhc_compile.model import SiteParameters, hyper_connections
+from mhc_compile.passes import ORDER, PassContext, run_pass
+from mhc_compile.report import CompileReport, make_report, readable, site_rows
+
+log = logging.getLogger("mhc_compile")
+
+
+@dataclasses.dataclass
+class Conversion:
+    """A rewritten graph, the parameters it wants, and the report."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    """Example inputs of ``gm``: the user's, then the parameters of the sites."""
+    parameters: SiteParameters
+    modules: ModuleMap
+    report: CompileReport
+    changed: bool
+    """False when the graph holds nothing of ours: compile the original."""
+
+    def commit(self) -> None:
+        """Register the new parameters on the model, guard it, tell its optimizers, and tie the artefact to it."""
+        self.parameters.commit()
+        for _, source in self.modules.root_sources.values():
+            compat.guard_instance(source)
+
+
+def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolved) -> Conversion:
+    """Run the passes over a copy of Dynamo's graph.
+
+    Raises:
+        MhcError: the graph cannot be converted as asked; one class a reason (see ``errors``).
+    """
+    options = resolved.options
+    scope = compat.current_scope()
+    copy = copy_graph(gm)
+    if checkpoint_nodes(copy):
+        inline_checkpoints(copy)
+    functionalize(copy)
+    modules = ModuleMap(copy, scope, example_inputs)
+    callers = enclosing_modules(modules.roots)
+    inside = next((type(m).__name__ for m in callers if not is_transparent(m)), "")
+    parameters = SiteParameters(copy, modules, options)
+    ctx = PassContext(
+        options=options,
+        modules=modules,
+        parameters=parameters,
+        is_parameter=lambda node: node.name in modules.refs,
+        break_reason=compat.break_reason(gm),
+        resumed=compat.is_resume_frame(),
+        inside=inside,
+    )
+    report = make_report(", ".join(type(root).__name__ for root in modules.roots) or "function", resolved)
+    for step in ORDER:
+        result = run_pass(step, copy, ctx)
+        report.passes.append(result)
+        report.left_alone.extend(result.refusals)
+    report.raised = sum(p.changed for p in report.passes if p.name == "raise_chains")
+    report.sites = site_rows(list(ctx.chains), parameters.site_names)
+    report.graph = readable(copy)
+    _account(report, parameters)
+    if options.streams > 1:
+        parameters.check(callers)
+    changed = bool(report.sites) or report.raised > 0
+    if not changed and options.rewrite and options.streams > 1 and _is_model(copy, modules, ctx):
+        raise NoSiteError(_why_no_site(report), where=next((r.where for r in report.left_alone if r.where), None))
+    copy.recompile()
+    return Conversion(copy, [*example_inputs, *parameters.values], parameters, modules, report, changed)
+
+
+def _account(report: CompileReport, parameters: SiteParameters) -> None:
+    values = parameters.values
+    fresh = {id(p) for *_, module in parameters.fresh for p in module.parameters()}
+    report.added = {
+        "tensors": len(values),
+        "elements": sum(p.numel() for p in values),
+        "bytes": sum(p.numel() * p.element_size() for p in values),
+        "new": sum(id(p) in fresh for p in values),
+    }
+
+
+def _is_model(gm: fx.GraphModule, modules: ModuleMap, ctx: PassContext) -> bool:
+    """True for a graph that somebody may expect to be converted: a whole module's forward with weights.
+
+    Helper frames, optimizer steps and the pieces around a graph break are compiled as they are.
+    """
+    if ctx.resumed or ctx.break_reason or ctx.inside or not modules.roots:
+        return False
+    return any(not ref.is_buffer for ref in modules.refs.values())
+
+
+def _why_no_site(report: CompileReport) -> str:
+    if not report.left_alone:
+        return f"{report.model} has no residual add: nothing to widen"
+    reasons = sorted({refusal.reason for refusal in report.left_alone})
+    return f"no residual add of {report.model} can be widened: {'; '.join(reasons[:3])}"
+
+
+def missing_hyper_connections(roots: list[nn.Module]) -> bool:
+    """True when none of the modules holds a hyper-connection."""
+    return not any(True for root in roots for _ in hyper_connections(root))
+
+
+def as_error(error: Exception) -> MhcError:
+    """Any failure of our passes as one of ours, so that it never becomes a silent graph break."""
+    if isinstance(error, MhcError):
+        return error
+    wrapped = MhcError(
+        f"internal error while converting the graph: {type(error).__name__}: {error}",
+        cure="please report it with the model; options={'on_failure': 'warn'} compiles the model as it is",
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def is_fake(inputs: Sequence[Any]) -> bool:
+    """True when Dynamo handed over fake tensors (DDP's graph splitter does), which cannot be run."""
+    from torch._subclasses import FakeTensor
+
+    return any(isinstance(value, FakeTensor) for value in inputs if isinstance(value, torch.Tensor))

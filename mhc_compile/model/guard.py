@@ -1,0 +1,67 @@
+"""A converted model must not silently run without its hyper-connections.
+
+Calling it uncompiled (``model(x)``, ``generate()`` on the wrapper, a frame that Dynamo gave up on, ``torch.export``)
+would run the user's own forward, which knows nothing of them. A forward-pre-hook on the modules that own the adds
+refuses that. It costs no recompile: Dynamo does not guard on hooks that were added after it looked, and while it
+traces, ``torch.compiler.is_compiling()`` is true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhc_compile.errors import UncompiledError
+
+_local = threading.local()
+
+
+class PlainRunGuard:
+    """The hook. A class, so that a model that carries it can be copied and pickled."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                _refuse(module, "is being exported")
+            return
+        if not getattr(_local, "plain", False):
+            _refuse(module, "was called uncompiled")
+
+
+def _refuse(module: nn.Module, how: str) -> None:
+    raise UncompiledError(
+        f"a converted model {how}: {type(module).__name__} would run without its hyper-connections",
+        cure="call the compiled model (model.compile(backend='mhc') also covers generate()); if Dynamo fell back to "
+        "eager, TORCH_LOGS=recompiles,graph_breaks says why; for the plain model on purpose use "
+        "`with mhc_compile.plain():` or mhc_compile.to_plain(model)",
+    )
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it, a converted model may run uncompiled, as the plain model that it was (this thread only)."""
+    before = getattr(_local, "plain", False)
+    _local.plain = True
+    try:
+        yield
+    finally:
+        _local.plain = before
+
+
+def install(module: nn.Module) -> None:
+    """Put the guard on a module, once."""
+    if not any(isinstance(hook, PlainRunGuard) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(PlainRunGuard())
+
+
+def remove(model: nn.Module) -> None:
+    """Take every guard off a model."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, PlainRunGuard):
+                del module._forward_pre_hooks[key]

@@ -1,0 +1,274 @@
+"""Find the residual sites of a graph and the chains they form: data only, nothing is edited.
+
+A **site** is an add of two equally shaped activations, one of which (the *carrier*) reaches the other through a
+*branch* that holds at least one weighted operation. The finder walks the graph once in order. For each value it knows
+the *trace*: the last residual sum that it is a linear image of, and whether a norm or a non-linear operation lies in
+between. So a site's parent is the trace of its stream, and chains are paths of the resulting forest. Names of modules,
+variables or classes decide nothing.
+
+Cost: linear in the nodes. The walk back from an add is bounded by the position of its carrier, so that only the nodes
+of the branch are visited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+
+import torch
+from torch import fx
+
+from mhc_compile import compat
+from mhc_compile.capture.graph import meta_value, qualified_module, user_line
+from mhc_compile.capture.mutation import INPLACE_ADDS, op_name
+from mhc_compile.passes.base import PassContext, PassResult, Refusal
+from mhc_compile.passes.chains import assemble
+from mhc_compile.passes.roles import LINEAR, NORM, RANDOM, WEIGHTED, Roles, channel_axis, summands
+from mhc_compile.passes.sites import ResidualSite
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Where a value comes from along the stream: the last sum, the way from it, and what cuts the way."""
+
+    root: fx.Node
+    path: frozenset[fx.Node] = frozenset()
+    barrier: fx.Node | None = None
+    barrier_role: str = ""
+
+
+def find_sites(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
+    """Fill ``ctx.chains``; ``changed`` is the number of sites in chains that can be widened."""
+    finder = _Finder(gm, ctx)
+    finder.walk()
+    chains, refusals = assemble(list(finder.sites.values()), ctx)
+    ctx.chains = chains
+    result = PassResult("find_sites", changed=sum(len(chain.sites) for chain in chains))
+    result.refusals = finder.refusals + refusals
+    result.notes = [
+        f"chain {chain.index}: {len(chain.sites)} sites from {chain.sites[0].module or 'the root'}" for chain in chains
+    ]
+    return result
+
+
+class _Finder:
+    def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
+        self.gm, self.ctx = gm, ctx
+        self.roles = Roles(gm, ctx.is_parameter)
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self.sites: dict[fx.Node, ResidualSite] = {}
+        self.traces: dict[fx.Node, Trace] = {}
+        self.refusals: list[Refusal] = []
+
+    def walk(self) -> None:
+        for node in self.gm.graph.nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            if op_name(node) == "_transformer_encoder_layer_fwd":
+                self._refuse(
+                    node,
+                    "a fused encoder layer hides its residual adds; switch it off with "
+                    "torch.backends.mha.set_fastpath_enabled(False)",
+                )
+            site = self._read_site(node)
+            if site is not None:
+                self._add(site)
+            else:
+                trace = self._trace(node)
+                if trace is not None:
+                    self.traces[node] = trace
+
+    # --- one add -----------------------------------------------------------------------------------------------------
+
+    def _read_site(self, node: fx.Node) -> ResidualSite | None:
+        operands = summands(node)
+        if operands is None:
+            return None
+        (a, fa), (b, fb) = operands
+        for (carrier, c_factor), (output, o_factor) in (((a, fa), (b, fb)), ((b, fb), (a, fa))):
+            site = self._match(node, carrier, output) or self._match_parallel(node, carrier, output)
+            if site is None:
+                continue
+            site.carrier_scale = c_factor
+            site.outputs = [(out, factor * c_factor) for out, factor in site.outputs[:-1]] + [(output, o_factor)]
+            reason = self._why_not(node, site, output)
+            if reason:
+                self._refuse(node, reason)
+                return None
+            return site
+        return None
+
+    def _match(self, node: fx.Node, carrier: fx.Node, output: fx.Node) -> ResidualSite | None:
+        if carrier in self.roles.constant or output in self.roles.constant:
+            return None
+        names = self.roles.strip(carrier, lambda n: n in self.sites)
+        ancestors = self._ancestors(output, min(self.order[n] for n in names))
+        stream = next((n for n in names if n in ancestors), None)
+        if stream is None:
+            return None
+        branch = self._branch(stream, ancestors)
+        if branch is None:
+            return None
+        path = names[: names.index(stream)][::-1]
+        return self._site(node, stream, carrier, output, branch, path)
+
+    def _match_parallel(self, node: fx.Node, carrier: fx.Node, output: fx.Node) -> ResidualSite | None:
+        """``(x + attn) + mlp`` where the mlp reads x, and nobody else reads the first sum: one site, two branches."""
+        first = self.sites.get(carrier)
+        if first is None or len(carrier.users) != 1:
+            return None
+        ancestors = self._ancestors(output, self.order[first.stream])
+        branch = self._branch(first.stream, ancestors) if first.stream in ancestors else None
+        if branch is None:
+            return None
+        site = self._site(node, first.stream, first.carrier, output, branch | first.branch, first.carrier_path)
+        site.outputs = [*first.outputs, (output, 1.0)]
+        site.merged = [*first.merged, carrier]
+        return site
+
+    def _site(
+        self,
+        node: fx.Node,
+        stream: fx.Node,
+        carrier: fx.Node,
+        output: fx.Node,
+        branch: set[fx.Node],
+        path: list[fx.Node],
+    ) -> ResidualSite:
+        inputs = {arg for inner in branch for arg in inner.all_input_nodes}
+        parameters = sorted(
+            (n for n in inputs if n.op == "placeholder" and n in self.roles.weight), key=self.order.__getitem__
+        )
+        site = ResidualSite(node, stream, carrier, [(output, 1.0)], branch, parameters, carrier_path=path)
+        site.channel = channel_axis(stream, branch, self.roles) or -1
+        site.kind = _kind(branch)
+        if self.ctx.modules is not None:
+            site.owner = self.ctx.modules.owner(node, parameters)
+        return site
+
+    def _ancestors(self, node: fx.Node, first: int) -> set[fx.Node]:
+        """``node`` and what it is computed from, no further back than position ``first``."""
+        found, queue = {node}, [node]
+        while queue:
+            for arg in queue.pop().all_input_nodes:
+                if arg not in found and self.order[arg] >= first:
+                    found.add(arg)
+                    queue.append(arg)
+        return found
+
+    def _branch(self, stream: fx.Node, ancestors: set[fx.Node]) -> set[fx.Node] | None:
+        """What lies between ``stream`` and the add; None if no weighted operation does."""
+        reached: set[fx.Node] = set()
+        weighted = False
+        for node in sorted(ancestors, key=self.order.__getitem__):
+            if node is not stream and any(arg is stream or arg in reached for arg in node.all_input_nodes):
+                reached.add(node)
+                weighted = weighted or self.roles.is_weighted(node)
+        return reached if weighted else None
+
+    def _why_not(self, node: fx.Node, site: ResidualSite, output: fx.Node) -> str:
+        """Why an add that is residual by data flow is none of ours; empty if it is."""
+        options = self.ctx.options
+        carrier, branch = meta_value(site.carrier), meta_value(output)
+        if not (_same_shape(carrier, branch) and _same_shape(carrier, meta_value(node))):
+            return f"carrier {_shape(carrier)} and branch {_shape(branch)} differ in shape: a broadcast add is no residual site"
+        if not carrier.is_floating_point() or not branch.is_floating_point():
+            return f"the carrier is {carrier.dtype}; hyper-connections mix floating-point streams"
+        if compat.is_dtensor(carrier):
+            return "the stream is a DTensor (sequence parallel), which the site operations have no sharding rule for"
+        if op_name(node) in INPLACE_ADDS:
+            return "the add writes in place into a tensor that is an input or is read under another name; write x = x + f(x)"
+        if self._is_same_stream(site, output):
+            return "skip connection: both operands are states of the same stream, each is read collapsed"
+        module = site.module
+        if options.include and not any(fnmatch.fnmatch(module, glob) for glob in options.include):
+            return "not included by option include"
+        if any(fnmatch.fnmatch(module, glob) for glob in options.exclude):
+            return "excluded by option exclude"
+        if not isinstance(carrier.shape[site.channel], int):
+            return "the channel size is dynamic; mark that dimension static (torch._dynamo.mark_static)"
+        return ""
+
+    def _is_same_stream(self, site: ResidualSite, output: fx.Node) -> bool:
+        trace = self.traces.get(output)
+        if trace is None or trace.barrier is not None:
+            return False
+        state: ResidualSite | None = self.sites.get(trace.root)
+        while state is not None:
+            if site.stream in (state.stream, state.add) or site.stream in state.entry_path:
+                return True
+            state = state.parent
+        return False
+
+    def _add(self, site: ResidualSite) -> None:
+        for merged in site.merged:
+            self.sites.pop(merged, None)
+            self.traces.pop(merged, None)
+        trace = self.traces.get(site.stream)
+        if trace is not None:
+            if trace.barrier is None:
+                site.parent = self.sites.get(trace.root)
+                site.entry_path = sorted(trace.path, key=self.order.__getitem__)
+            else:
+                site.after_norm, site.norm_parent = trace.barrier, self.sites.get(trace.root)
+        self.sites[site.add] = site
+        self.traces[site.add] = Trace(site.add)
+
+    # --- traces ------------------------------------------------------------------------------------------------------
+
+    def _trace(self, node: fx.Node) -> Trace | None:
+        if not isinstance(meta_value(node), (torch.Tensor, tuple, list)):
+            return None
+        traces = [self.traces[arg] for arg in node.all_input_nodes if arg in self.traces]
+        if not traces:
+            return None
+        role = self.roles.role(node)
+        roots = {trace.root for trace in traces}
+        if role == WEIGHTED or len(roots) > 1:
+            return None
+        barrier = next(((t.barrier, t.barrier_role) for t in traces if t.barrier is not None), None)
+        if barrier is None and role != LINEAR and not (role == NORM and self.ctx.options.post_norm == "per_stream"):
+            barrier = (node, role)
+        if barrier is None and len(traces) > 1 and op_name(node) in ("mul", "imul", "div", "truediv", "matmul"):
+            barrier = (node, "non-linear")
+        root = next(iter(roots))
+        if barrier is not None:
+            per_stream = self.ctx.options.post_norm == "per_stream"
+            if per_stream and barrier[1] != RANDOM:
+                path = frozenset().union(*(t.path for t in traces), {node})
+                if _is_whole_norm(path, node):
+                    return Trace(root, path)
+                return Trace(root, path, *barrier)
+            return Trace(root, frozenset(), *barrier)
+        return Trace(root, frozenset().union(*(t.path for t in traces), {node}))
+
+    def _refuse(self, node: fx.Node, reason: str) -> None:
+        module = qualified_module(node)
+        self.refusals.append(Refusal("residual add", reason, user_line(node), module))
+
+
+def _is_whole_norm(path: frozenset[fx.Node], last: fx.Node) -> bool:
+    """True when a spelled-out norm is complete: its scale (1/rms or the like) has been applied to the stream again."""
+    names = {op_name(node) for node in path}
+    if not names & {"rsqrt", "sqrt", "var", "var_mean", "std"} or op_name(last) not in ("mul", "div", "truediv"):
+        return False
+    value = meta_value(last)
+    operands = [meta_value(arg) for arg in last.all_input_nodes if arg in path]
+    return len(operands) == 2 and all(isinstance(v, torch.Tensor) and v.dim() == value.dim() for v in operands)
+
+
+def _kind(branch: set[fx.Node]) -> str:
+    names = {op_name(node) for node in branch}
+    if names & {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}:
+        return "attention"
+    if "softmax" in names and names & {"matmul", "bmm", "baddbmm", "einsum"}:
+        return "attention"
+    return "mlp" if names & {"linear", "addmm", "matmul", "bmm", "_grouped_mm", "grouped_mm"} else "mixer"
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(compat.statically_equal(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _shape(value: torch.Tensor) -> str:
+    return "[" + ", ".join(str(s) for s in value.shape) + "]"

@@ -1,0 +1,162 @@
+"""What was converted, what was left alone and why, and what it costs: for people and for tools.
+
+Reads only what the passes returned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+from typing import Any
+
+from torch import fx
+
+from mhc_compile.capture.graph import user_line
+from mhc_compile.config import Resolved
+from mhc_compile.passes.base import PassResult, Refusal
+from mhc_compile.passes.sites import ResidualChain, ResidualSite
+
+log = logging.getLogger("mhc_compile")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRow:
+    """One widened site."""
+
+    chain: int
+    module: str
+    kind: str
+    where: str
+    """The user's ``file:line`` of the add."""
+    shape: str
+    parameters: str
+    """Qualified name of the site's hyper-connection."""
+
+
+@dataclasses.dataclass
+class CompileReport:
+    """The outcome of one conversion. ``str()`` fits a terminal, ``to_json()`` is for tools."""
+
+    model: str
+    options: dict[str, Any]
+    """Every option as resolved."""
+    set_by: dict[str, str]
+    """Who set each option: default, options, mode, preset or environment."""
+    sites: list[SiteRow] = dataclasses.field(default_factory=list)
+    left_alone: list[Refusal] = dataclasses.field(default_factory=list)
+    """Adds and chains that looked like ours and were not touched, each with its reason."""
+    passes: list[PassResult] = dataclasses.field(default_factory=list)
+    added: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Parameters of this conversion: ``tensors``, ``elements``, ``bytes``, and ``new`` among the tensors."""
+    raised: int = 0
+    """Operations of hand-written hyper-connections that were replaced by ours."""
+    error: str = ""
+    """Why nothing was converted, empty on success."""
+    lowering: list[str] = dataclasses.field(default_factory=list)
+    """Which provider took each op; filled when the graph is compiled."""
+    graph: str = ""
+    """The readable rewritten graph."""
+
+    @property
+    def chains(self) -> int:
+        """Number of chains widened."""
+        return len({row.chain for row in self.sites})
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Everything but the graph."""
+        data = dataclasses.asdict(self)
+        del data["graph"]
+        return json.dumps(data, indent=indent, default=str)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=110, color_system=None, legacy_windows=False)
+        for part in self._parts():
+            console.print(part)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+    def _parts(self) -> list[Any]:
+        from rich.table import Table
+        from rich.text import Text
+
+        asked = ", ".join(f"{k}={self.options[k]!r} ({who})" for k, who in self.set_by.items() if who != "default")
+        parts: list[Any] = [Text(f"mhc_compile: {self.model}"), Text(f"options: {asked or 'all defaults'}")]
+        if self.error:
+            parts.append(Text(f"not converted: {self.error}"))
+        parts.append(Text(self._summary()))
+        if self.sites:
+            table = Table("#", "module", "kind", "line", "stream", "parameters", box=None, pad_edge=False)
+            for index, row in enumerate(self.sites):
+                table.add_row(f"{row.chain}.{index}", row.module or "(root)", row.kind, _short(row.where), row.shape, row.parameters)
+            parts.append(table)
+        if self.left_alone:
+            parts.append(Text("left alone:"))
+            parts.extend(Text(f"  {refusal}") for refusal in self.left_alone)
+        passes = ", ".join(f"{p.name} {p.changed} in {p.seconds * 1e3:.0f} ms" for p in self.passes)
+        parts.append(Text(f"passes: {passes}"))
+        parts.extend(Text(f"  {line}") for line in self.lowering)
+        return parts
+
+    def _summary(self) -> str:
+        text = f"{len(self.sites)} sites in {self.chains} chains widened, {self.raised} ops raised, {len(self.left_alone)} left alone"
+        if self.added:
+            text += (
+                f"; {self.added['elements']:,} parameters ({self.added['bytes'] / 2**20:.2f} MiB) "
+                f"in {self.added['tensors']} tensors, {self.added['new']} of them new"
+            )
+        return text
+
+
+def make_report(model: str, resolved: Resolved) -> CompileReport:
+    """An empty report with what was asked and who set it."""
+    return CompileReport(model, dataclasses.asdict(resolved.options), dict(resolved.set_by))
+
+
+def site_rows(chains: list[ResidualChain], names: dict[int, str]) -> list[SiteRow]:
+    """Rows of the widened chains; ``names`` maps id(site) to its hyper-connection's qualified name."""
+    return [
+        SiteRow(chain.index, site.module, site.kind, site.where, _shape(site), names.get(id(site), ""))
+        for chain in chains
+        for site in chain.sites
+        if id(site) in names
+    ]
+
+
+def readable(gm: fx.GraphModule) -> str:
+    """The graph as text, a line a node, shapes and the user's line where they are known; equal for equal graphs."""
+    lines = []
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        shape = f": {_type(value)}" if hasattr(value, "shape") else ""
+        where = f"  # {_short(user_line(node))}" if user_line(node) else ""
+        lines.append(f"{node.name}{shape} = {_call(node)}{where}")
+    return "\n".join(lines)
+
+
+def _call(node: fx.Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return node.op if node.op == "placeholder" else f"output({node.args[0]})"
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    if hasattr(node.target, "overloadpacket"):
+        target = str(node.target)
+    arguments = [str(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]
+    return f"{target}({', '.join(arguments)})"
+
+
+def _type(value: Any) -> str:
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype}[{', '.join(str(s) for s in value.shape)}]"
+
+
+def _shape(site: ResidualSite) -> str:
+    value = site.add.meta.get("example_value")
+    return _type(value) if hasattr(value, "shape") else ""
+
+
+def _short(where: str) -> str:
+    """The last two parts of a path: enough to find it, short enough for a table."""
+    return "/".join(where.split("/")[-2:])
