@@ -29,7 +29,9 @@ FLOORS: list[set[str]] = [
     {"passes", "scheduler"},
     {"model"},
     {"report"},
-    {"backend"},
+    {"convert"},
+    {"runtime", "verify"},
+    {"api", "backend"},
     {"__init__"},
     {"__main__"},
 ]
