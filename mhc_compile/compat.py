@@ -215,3 +215,49 @@ def is_data_parallel(module: Any) -> bool:
     from torch.nn.parallel import DistributedDataParallel
 
     return isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, FSDPModule))
+
+
+# --- lowering: inductor's graph passes and Triton (seen in 2.11, 2.13) -------------------------------------------------
+
+
+def inductor_decompositions() -> dict[Any, Any]:
+    """The decomposition table that inductor traces with; what is traced after AOTAutograd must use it too."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def chain_graph_passes(seam: str, ours: Any) -> Any:
+    """`ours` behind the pass that the user has set for `seam` (a list of passes is accepted from 2.13 only)."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    theirs = getattr(config, seam)
+    if theirs is None:
+        return ours
+    before = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
+
+    class Chained(CustomGraphPass):
+        """The user's passes, then ours; without a key where one of theirs has none, so that nothing stale is cached."""
+
+        def __call__(self, graph: fx.Graph) -> None:
+            for step in (*before, ours):
+                step(graph)
+
+        def uuid(self) -> Any:
+            keys = [step.uuid() if hasattr(step, "uuid") else None for step in (*before, ours)]
+            return None if any(key is None for key in keys) else tuple(keys)
+
+    return Chained()
+
+
+def triton_version() -> str:
+    """Triton's version, empty where it is not installed. Read from the metadata: importing it takes a while."""
+    import importlib.metadata
+
+    for distribution in ("triton", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""

@@ -216,41 +216,38 @@ _ATTRIBUTE_SCHEMA = (
 _TENSORS = "Tensor phi, Tensor bias, Tensor alpha_pre, Tensor? alpha_post, Tensor? alpha_res"
 
 
-@without_autocast
-def native(
-    x: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor | None,
-    alpha_res: Tensor | None,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X [..., n, C], phi [K, nC], bias [K], alphas of one element -> (pre [..., n], post [..., n], res [..., n, n],
-    projection [..., K + 1]); `flat` are the attributes in the order of `ATTRIBUTES`. ValueError for shapes that do
-    not fit."""
-    return native_spec(x, phi, bias, _alphas(alpha_pre, alpha_post, alpha_res), _spec(*flat))
+def split_arguments(
+    args: Sequence[Any],
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None], CoefficientSpec]:
+    """The flat arguments of `mhc::coefficients` -> (x, phi, bias, alphas, spec)."""
+    x, phi, bias, alpha_pre, alpha_post, alpha_res, *flat = args
+    return x, phi, bias, _alphas(alpha_pre, alpha_post, alpha_res), _spec(*flat)
 
 
-@without_autocast
-def native_backward(
-    d_pre: Tensor | None,
-    d_post: Tensor | None,
-    d_res: Tensor | None,
-    x: Tensor,
-    phi: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor | None,
-    alpha_res: Tensor | None,
-    projection: Tensor,
-    needs: Sequence[bool],
-    *flat: Any,
-) -> tuple[Tensor, ...]:
-    """Gradients of (x, phi, bias, alpha_pre, alpha_post, alpha_res); an unneeded one is empty."""
+def split_backward_arguments(
+    args: Sequence[Any],
+) -> tuple[
+    dict[str, Tensor | None], Tensor, Tensor, Tensor, dict[str, Tensor | None], Tensor, Sequence[bool], CoefficientSpec
+]:
+    """The flat arguments of `mhc::coefficients_backward` -> (grads, x, phi, bias, alphas, projection, needs, spec)."""
+    d_pre, d_post, d_res, x, phi, bias, alpha_pre, alpha_post, alpha_res, projection, needs, *flat = args
     grads = {"pre": d_pre, "post": d_post, "res": d_res}
-    alphas = _alphas(alpha_pre, alpha_post, alpha_res)
-    return native_backward_spec(grads, x, phi, bias, alphas, projection, _spec(*flat), needs)
+    return grads, x, phi, bias, _alphas(alpha_pre, alpha_post, alpha_res), projection, needs, _spec(*flat)
+
+
+@without_autocast
+def native(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X [..., n, C], phi [K, nC], bias [K], alphas of one element, attributes in the order of `ATTRIBUTES`
+    -> (pre [..., n], post [..., n], res [..., n, n], projection [..., K + 1]). ValueError for shapes that do not fit."""
+    return native_spec(*split_arguments(args))
+
+
+@without_autocast
+def native_backward(*args: Any) -> tuple[Tensor, ...]:
+    """(d_pre?, d_post?, d_res?, x, phi, bias, alphas.., projection, needs, attributes..) -> gradients in the order of
+    `NEEDS`; an unneeded one is empty."""
+    grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
+    return native_backward_spec(grads, x, phi, bias, alphas, projection, spec, needs)
 
 
 @torch.library.custom_op(
@@ -258,8 +255,8 @@ def native_backward(
     mutates_args=(),
     schema=f"(Tensor x, {_TENSORS}, {_ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h_pre, h_post, h_res, projection = native(x, *args)
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h_pre, h_post, h_res, projection = native(*args)
     return h_pre.contiguous(), h_post.contiguous(), h_res.clone(memory_format=torch.contiguous_format), projection
 
 

@@ -1,0 +1,95 @@
+"""Providers: who computes a semantic op in the compiled graph, and why.
+
+For each `mhc::` node the providers are asked in order: **triton** (one of our kernels), **inductor** (the native body is
+traced into the graph, so that inductor fuses it), **native** (the custom op stays one opaque call of the native body). A
+provider answers with the empty string, or with the reason why it does not take the node; the reasons reach the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mhc_compile.ops import OPS
+
+PROVIDERS = ("triton", "inductor", "native")
+
+FORWARD_TARGETS: dict[Any, str] = {op.overload: name for name, op in OPS.items()}
+BACKWARD_TARGETS: dict[Any, str] = {op.backward_overload: f"{name}_backward" for name, op in OPS.items()}
+TARGETS: dict[Any, str] = FORWARD_TARGETS | BACKWARD_TARGETS
+"""Every overload that must be lowered -> its name; a backward op's name ends in `_backward`."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What happened to one node."""
+
+    op: str
+    provider: str
+    """One of `PROVIDERS`, or `fused` for a node that a fusion took up."""
+    reason: str = ""
+    """Why no earlier provider took it (or which fusion did)."""
+
+
+@dataclass
+class LoweringLog:
+    """Collects what the passes did, over the forward and the backward graph, in the order of lowering."""
+
+    entries: list[Lowered] = field(default_factory=list)
+
+    def record(self, op: str, provider: str, reason: str = "") -> None:
+        """Add one entry."""
+        self.entries.append(Lowered(op, provider, reason))
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """How many nodes of each op went to each provider."""
+        return Counter((entry.op, entry.provider) for entry in self.entries)
+
+    def reasons(self) -> list[Lowered]:
+        """Entries that carry a reason, each distinct one once."""
+        return list(dict.fromkeys(entry for entry in self.entries if entry.reason))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by the names of its op's schema, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        raise TypeError(f"{node} does not call an operator overload")
+    named: dict[str, Any] = {}
+    for index, argument in enumerate(target._schema.arguments):
+        if index < len(node.args):
+            named[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        else:
+            named[argument.name] = argument.default_value
+    return named
+
+
+def fake(value: Any) -> Any:
+    """The fake tensor (or number) behind a graph argument: node -> its `val`, anything else as it is."""
+    return fx.map_arg(value, lambda node: node.meta["val"])
+
+
+def tensor_arguments(named: Mapping[str, Any]) -> list[Tensor]:
+    """The fake tensors among the (faked) arguments."""
+    return [value for value in (fake(value) for value in named.values()) if isinstance(value, Tensor)]
+
+
+def device_of(named: Mapping[str, Any]) -> torch.device | None:
+    """The device of the first tensor argument; None without one."""
+    tensors = tensor_arguments(named)
+    return tensors[0].device if tensors else None
+
+
+def options_key(options: object) -> tuple[tuple[str, object], ...]:
+    """The options as data for a cache key; any frozen dataclass, or an empty key for None."""
+    if options is None or not dataclasses.is_dataclass(options) or isinstance(options, type):
+        return ()
+    return tuple((item.name, getattr(options, item.name)) for item in dataclasses.fields(options))

@@ -1,0 +1,148 @@
+"""Where the lowering meets inductor: two graph passes through its documented seams, and their identity for its caches.
+
+`config_patches` gives the settings for `torch._inductor.compile(gm, inputs, options=...)`. The pass runs after autograd and
+partitioning, once on the forward and once on the backward graph, in this order: fuse (pattern, check, replace over the
+semantic ops), then lower what is left, each node by the first provider that takes it (see `base`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from mhc_compile import ops
+from mhc_compile.compat import chain_graph_passes, triton_version
+
+from . import kernels
+from .base import BACKWARD_TARGETS, FORWARD_TARGETS, TARGETS, LoweringLog, arguments, device_of, options_key
+from .inline import replace_by_function
+
+SINKHORN_INLINE_STEPS = 6
+"""Longer Sinkhorn loops stay one opaque call where the native body is traced: unrolled into a graph, 40 steps forward and
+80 backward a site multiply inductor's compile time, and the matrices are 16 numbers a token."""
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash over every source file of the package: any change of ours invalidates inductor's on-disk artefacts."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _traced_sinkhorn(logits: Tensor, **attributes: Any) -> Tensor:
+    """The inner Sinkhorn of a traced `coefficients`: kept as an op, so that it is lowered on its own terms."""
+    return torch.ops.mhc.sinkhorn.default(logits, **attributes)
+
+
+def _traced_sinkhorn_backward(grad: Tensor, logits: Tensor, **attributes: Any) -> Tensor:
+    return torch.ops.mhc.sinkhorn_backward.default(grad, logits, **attributes)
+
+
+def _coefficients_body(*args: Any) -> Any:
+    from mhc_compile.ops.coefficients import native_spec, split_arguments
+
+    x, phi, bias, alphas, spec = split_arguments(args)
+    return native_spec(x, phi, bias, alphas, spec, sinkhorn=_traced_sinkhorn)
+
+
+def _coefficients_backward_body(*args: Any) -> Any:
+    from mhc_compile.ops.coefficients import native_backward_spec, split_backward_arguments
+
+    grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
+    return native_backward_spec(
+        grads, x, phi, bias, alphas, projection, spec, needs, sinkhorn_backward=_traced_sinkhorn_backward
+    )
+
+
+def native_body(name: str) -> Callable[..., Any]:
+    """The plain PyTorch function that is traced for an op; coefficients keep their Sinkhorn as an op of its own."""
+    if name == "coefficients":
+        return _coefficients_body
+    if name == "coefficients_backward":
+        return _coefficients_backward_body
+    backward = name.endswith("_backward")
+    op = ops.OPS[name.removesuffix("_backward")]
+    return op.native_backward if backward else op.native
+
+
+def opaque_reason(name: str, named: dict[str, Any]) -> str:
+    """Why the native body should not be traced into the graph; empty if it should."""
+    if name.startswith("sinkhorn") and named["steps"] > SINKHORN_INLINE_STEPS:
+        return f"{named['steps']} half steps would be unrolled (limit {SINKHORN_INLINE_STEPS})"
+    return ""
+
+
+def lower(graph: fx.Graph, options: Any, log: LoweringLog) -> int:
+    """Lower every `mhc::` node of `graph`; returns how many. Raises where `lowering='triton'` and a kernel refuses."""
+    mode = getattr(options, "lowering", "auto")
+    count = 0
+    while True:
+        pending = [node for node in graph.nodes if node.target in TARGETS and "mhc_opaque" not in node.meta]
+        if not pending:
+            return count
+        for node in pending:
+            _lower_node(node, mode, log)
+            count += 1
+
+
+def _lower_node(node: fx.Node, mode: str, log: LoweringLog) -> None:
+    name, named = TARGETS[node.target], arguments(node)
+    reason = "lowering='native'" if mode == "native" else kernels.refusal(name, named)
+    if not reason:
+        kernels.lower(node, name, named)
+        log.record(name, "triton")
+        return
+    if mode == "triton":
+        raise RuntimeError(f"lowering='triton', but mhc::{name} on {device_of(named)} has no kernel: {reason}")
+    opaque = opaque_reason(name, named)
+    if opaque:
+        node.meta["mhc_opaque"] = True
+        log.record(name, "native", f"triton: {reason}; inductor: {opaque}")
+        return
+    replace_by_function(node, native_body(name), list(named.values()))
+    log.record(name, "inductor", reason)
+
+
+class LowerPass(CustomGraphPass):
+    """Fuses and lowers our ops on one partitioned graph. `uuid` covers the package's source, Triton and the options."""
+
+    def __init__(self, options: Any, log: LoweringLog) -> None:
+        self.options = options
+        self.log = log
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not any(node.target in TARGETS for node in graph.nodes):
+            return
+        if getattr(self.options, "fuse", True) and getattr(self.options, "lowering", "auto") != "native":
+            kernels.fuse(graph, self.log)
+        lower(graph, self.options, self.log)
+        graph.eliminate_dead_code()
+        graph.lint()
+
+    def uuid(self) -> Any:
+        """Identity for FxGraphCache and AOTAutogradCache."""
+        return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)))
+
+
+def config_patches(options: Any, log: LoweringLog) -> dict[str, object]:
+    """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
+
+    `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache hit,
+    when nothing is lowered).
+    """
+    passes = chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log))
+    return {"post_grad_custom_pre_pass": passes}
+
+
+__all__ = ["BACKWARD_TARGETS", "FORWARD_TARGETS", "LowerPass", "config_patches", "lower", "native_body", "source_hash"]

@@ -1,0 +1,81 @@
+"""Replace a node by the traced body of a plain PyTorch function, on the very fake tensors of the graph.
+
+The body is traced with the graph's own fake tensors, so symbolic sizes stay the symbols they are: one compiled artefact
+serves every number of tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from mhc_compile.compat import inductor_decompositions
+
+from .base import fake
+
+
+def trace(function: Callable[..., Any], nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """`function` over the fake values of `nodes`, as an ATen graph decomposed the way inductor wants it."""
+    values = [node.meta["val"] for node in nodes]
+    traced = make_fx(function, decomposition_table=inductor_decompositions(), tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def inline(graph: fx.Graph, before: fx.Node, body: fx.GraphModule, nodes: Sequence[fx.Node]) -> Any:
+    """Copy `body` into `graph` in front of `before`, its placeholders bound to `nodes`; returns its outputs as nodes."""
+    bound: dict[fx.Node, Any] = {}
+    sources = iter(nodes)
+    outputs: Any = None
+    with graph.inserting_before(before):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                bound[node] = next(sources)
+            elif node.op == "output":
+                outputs = fx.map_arg(node.args[0], bound.__getitem__)
+            elif node.op == "get_attr":
+                raise ValueError(f"the traced body holds a constant, {node.target}")
+            else:
+                copy = graph.node_copy(node, bound.__getitem__)
+                for key in ("stack_trace", "nn_module_stack", "seq_nr"):
+                    if key in before.meta:
+                        copy.meta[key] = before.meta[key]
+                bound[node] = copy
+    return outputs
+
+
+def replace(node: fx.Node, outputs: Any) -> None:
+    """Give the users of `node` its new values (`outputs` a node, or a sequence behind getitems), and erase it."""
+    if isinstance(outputs, (tuple, list)):
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise ValueError(f"{node} has several results and {user} takes it whole")
+            user.replace_all_uses_with(outputs[user.args[1]])
+            node.graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(outputs)
+    node.graph.erase_node(node)
+
+
+def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs."""
+    flat, spec = pytree.tree_flatten(list(args))
+    positions = [index for index, value in enumerate(flat) if isinstance(value, fx.Node)]
+
+    def closed(*values: Any) -> Any:
+        filled = list(flat)
+        for index, value in zip(positions, values, strict=True):
+            filled[index] = value
+        return function(*pytree.tree_unflatten(filled, spec))
+
+    nodes = [flat[index] for index in positions]
+    body = trace(closed, nodes)
+    replace(node, inline(node.graph, node, body, nodes))
+
+
+__all__ = ["fake", "inline", "replace", "replace_by_function", "trace"]
