@@ -84,7 +84,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowe
 
 def _publish(conversion: Conversion, lowering: LoweringLog) -> None:
     report = conversion.report
-    report.lowering = lowering.lines()
+    report.log = lowering
     reports.append(report)
     log.info("%s", report)
     log.debug("%s", report.graph)

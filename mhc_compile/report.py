@@ -15,6 +15,7 @@ from torch import fx
 
 from mhc_compile.capture.graph import user_line
 from mhc_compile.config import Resolved
+from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.passes.base import PassResult, Refusal
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
 
@@ -26,6 +27,8 @@ class SiteRow:
     """One widened site."""
 
     chain: int
+    index: int
+    """Position in its chain."""
     module: str
     kind: str
     where: str
@@ -54,8 +57,8 @@ class CompileReport:
     """Operations of hand-written hyper-connections that were replaced by ours."""
     error: str = ""
     """Why nothing was converted, empty on success."""
-    lowering: list[str] = dataclasses.field(default_factory=list)
-    """Which provider took each op; filled when the graph is compiled."""
+    log: LoweringLog = dataclasses.field(default_factory=LoweringLog)
+    """Which provider took each op and why; inductor fills it, for the backward graph at the first backward."""
     graph: str = ""
     """The readable rewritten graph."""
 
@@ -64,10 +67,17 @@ class CompileReport:
         """Number of chains widened."""
         return len({row.chain for row in self.sites})
 
+    @property
+    def lowering(self) -> list[str]:
+        """One line for each op and provider, then the reasons of those that got no kernel."""
+        lines = [f"{op}: {count} x {provider}" for (op, provider), count in self.log.counts().items()]
+        return lines + [f"{entry.op} to {entry.provider}: {entry.reason}" for entry in self.log.reasons()]
+
     def to_json(self, indent: int | None = 2) -> str:
         """Everything but the graph."""
         data = dataclasses.asdict(self)
-        del data["graph"]
+        del data["graph"], data["log"]
+        data["lowering"] = self.lowering
         return json.dumps(data, indent=indent, default=str)
 
     def __str__(self) -> str:
@@ -90,8 +100,15 @@ class CompileReport:
         parts.append(Text(self._summary()))
         if self.sites:
             table = Table("#", "module", "kind", "line", "stream", "parameters", box=None, pad_edge=False)
-            for index, row in enumerate(self.sites):
-                table.add_row(f"{row.chain}.{index}", row.module or "(root)", row.kind, _short(row.where), row.shape, row.parameters)
+            for row in self.sites:
+                table.add_row(
+                    f"{row.chain}.{row.index}",
+                    row.module or "(root)",
+                    row.kind,
+                    _short(row.where),
+                    row.shape,
+                    row.parameters,
+                )
             parts.append(table)
         if self.left_alone:
             parts.append(Text("left alone:"))
@@ -119,9 +136,9 @@ def make_report(model: str, resolved: Resolved) -> CompileReport:
 def site_rows(chains: list[ResidualChain], names: dict[int, str]) -> list[SiteRow]:
     """Rows of the widened chains; ``names`` maps id(site) to its hyper-connection's qualified name."""
     return [
-        SiteRow(chain.index, site.module, site.kind, site.where, _shape(site), names.get(id(site), ""))
+        SiteRow(chain.index, index, site.module, site.kind, site.where, _shape(site), names.get(id(site), ""))
         for chain in chains
-        for site in chain.sites
+        for index, site in enumerate(chain.sites)
         if id(site) in names
     ]
 

@@ -102,7 +102,7 @@ class SiteParameters:
         graph = self.gm.graph
         point = graph.inserting_after(self._last) if self._last is not None else graph.inserting_before()
         with point:
-            node = graph.placeholder(f"{qualified}_{key}".replace(".", "_"))
+            node = graph.placeholder(f"p_{qualified}_{key}".replace(".", "_"))
         parameter = module.get_parameter(key)
         compat.mark_static_parameter(node, parameter)
         if self._fake_mode is not None:

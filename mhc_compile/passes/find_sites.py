@@ -89,6 +89,8 @@ class _Finder:
             site = self._match(node, carrier, output) or self._match_parallel(node, carrier, output)
             if site is None:
                 continue
+            if not _same_shape(meta_value(carrier), meta_value(node)):
+                continue  # a bias or a gate that is broadcast: nothing that could be a stream
             site.carrier_scale = c_factor
             site.outputs = [(out, factor * c_factor) for out, factor in site.outputs[:-1]] + [(output, o_factor)]
             reason = self._why_not(node, site, output)

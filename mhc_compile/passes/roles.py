@@ -26,6 +26,7 @@ _UNARY_LINEAR = frozenset(
     expand_as repeat repeat_interleave tile getitem __getitem__ select narrow index_select gather take_along_dim
     roll flip pad constant_pad_nd split chunk tensor_split unbind neg masked_fill index unfold pixel_shuffle
     pixel_unshuffle avg_pool1d avg_pool2d _to_copy convert_element_type ravel broadcast_to requires_grad_
+    getattr adjoint mT
     """.split()
 )
 _SCALING = frozenset(
