@@ -75,23 +75,20 @@ def _trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, 
         raise done
 
     args, kwargs = _split(model, inputs)
-    compiled = torch.compile(_caller(model), backend=capture, fullgraph=True, dynamic=False)
+    compiled = torch.compile(model, backend=capture, fullgraph=True, dynamic=False)
     try:
         compiled(*args, **kwargs)
     except done:
         pass
     except compat.unsupported_exceptions() as error:
-        raise FragmentError(f"the model is not one graph: {str(error).splitlines()[0]}", where=_break_place(error)) from error
+        reason = str(error).splitlines()[0]
+        raise FragmentError(f"the model is not one graph: {reason}", where=_break_place(error)) from error
     if not outcome:
         raise FragmentError("Dynamo captured no graph of the model", cure="check that the inputs reach its layers")
     result = outcome[-1]
     if isinstance(result, MhcError):
         raise result
     return result
-
-
-def _caller(model: nn.Module) -> Any:
-    return model
 
 
 def _split(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -74,12 +74,16 @@ def mhc(
         return _compile(gm, example_inputs, resolved, LoweringLog())
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog
+) -> Callable[..., Any]:
     """Hand a graph to what the option ``compiler`` names."""
     options = resolved.options
     if options.compiler != "inductor":
-        return compat.lookup_backend(options.compiler)(gm, list(inputs))  # type: ignore[no-any-return]
-    return compat.inductor_compile(gm, inputs, {**resolved.inductor, **config_patches(options, lowering)})  # type: ignore[no-any-return]
+        artefact: Callable[..., Any] = compat.lookup_backend(options.compiler)(gm, list(inputs))
+        return artefact
+    settings = {**resolved.inductor, **config_patches(options, lowering)}
+    return compat.inductor_compile(gm, inputs, settings)
 
 
 def _publish(conversion: Conversion, lowering: LoweringLog) -> None:

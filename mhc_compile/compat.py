@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -145,7 +145,7 @@ def unsupported_exceptions() -> tuple[type[BaseException], ...]:
     return (exc.Unsupported, exc.UserError, exc.InternalTorchDynamoError)
 
 
-# --- activation checkpoints (seen in 2.11, 2.13) ---------------------------------------------------------------------
+# --- activation checkpoints (seen in 2.11, 2.13) -------------------------------------------------------------------
 
 
 def tag_activation_checkpoint() -> Any:
@@ -163,11 +163,12 @@ def next_checkpoint_id() -> int:
 # --- inductor (seen in 2.11, 2.13; read in 2.15) ---------------------------------------------------------------------
 
 
-def inductor_compile(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Any:
+def inductor_compile(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
     """``torch._inductor.compile``: AOTAutograd, partitioning, caches, CUDA graphs, code generation."""
     from torch._inductor import compile as compile_graph
 
-    return compile_graph(gm, list(inputs), options=config or None)
+    artefact: Callable[..., Any] = compile_graph(gm, list(inputs), options=config or None)
+    return artefact
 
 
 def lookup_backend(name: str) -> Any:
@@ -217,7 +218,7 @@ def is_data_parallel(module: Any) -> bool:
     return isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, FSDPModule))
 
 
-# --- lowering: inductor's graph passes and Triton (seen in 2.11, 2.13) -------------------------------------------------
+# --- lowering: inductor's graph passes and Triton (seen in 2.11, 2.13) -----------------------------------------------
 
 
 def inductor_decompositions() -> dict[Any, Any]:

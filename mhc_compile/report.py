@@ -119,7 +119,8 @@ class CompileReport:
         return parts
 
     def _summary(self) -> str:
-        text = f"{len(self.sites)} sites in {self.chains} chains widened, {self.raised} ops raised, {len(self.left_alone)} left alone"
+        text = f"{len(self.sites)} sites in {self.chains} chains widened, {self.raised} ops raised"
+        text += f", {len(self.left_alone)} left alone"
         if self.added:
             text += (
                 f"; {self.added['elements']:,} parameters ({self.added['bytes'] / 2**20:.2f} MiB) "

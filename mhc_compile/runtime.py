@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,20 @@ class Converted:
     place.
     """
 
-    def __init__(self, inner: Callable[..., Any], slots: list[tuple[nn.Module, str]]) -> None:
+    def __init__(self, inner: Callable[..., Any], slots: Sequence[tuple[nn.Module, str]]) -> None:
         self.inner = inner
         self._slots = [(module._parameters, name) for module, name in slots]
 
     def __call__(self, *args: Any) -> Any:
         """Run the artefact."""
-        return self.inner(*args, *[parameters[name] for parameters, name in self._slots])
+        try:
+            values = [parameters[name] for parameters, name in self._slots]
+        except KeyError as error:
+            raise UncompiledError(
+                f"the hyper-connection parameter {error} is gone from the model",
+                cure="call torch._dynamo.reset() and compile the model again",
+            ) from None
+        return self.inner(*args, *values)
 
 
 class Failed:
@@ -38,17 +45,7 @@ class Failed:
 
     def __call__(self, *args: Any) -> Any:
         """Raise the error (a fresh copy of it, so that tracebacks do not pile up)."""
-        error = type(self.error)(
-            self.error.what,
-            where=self.error.where,
-            cure=f"{self.error.cure or ''}{'; then ' if self.error.cure else ''}call torch._dynamo.reset() before the next try",
-        )
+        reset = "call torch._dynamo.reset() before the next try"
+        cure = f"{self.error.cure}; then {reset}" if self.error.cure else reset
+        error = type(self.error)(self.error.what, where=self.error.where, cure=cure)
         raise error from self.error.__cause__
-
-
-def dropped(name: str) -> UncompiledError:
-    """The error of an artefact whose parameters were taken off the model."""
-    return UncompiledError(
-        f"the hyper-connection parameter {name} is gone (to_plain was called)",
-        cure="call torch._dynamo.reset() and compile the model again",
-    )

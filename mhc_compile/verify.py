@@ -44,7 +44,8 @@ def verify(gm: fx.GraphModule, example_inputs: Sequence[Any], conversion: Conver
         error = float((want.double() - have.double()).abs().max() / scale) if want.numel() else 0.0
         if not error <= tolerance:
             raise VerificationError(
-                f"output {index} of the rewritten graph differs from the original's by {error:.2e} (allowed {tolerance:.0e})",
+                f"output {index} of the rewritten graph differs from the original's by {error:.2e} "
+                f"(allowed {tolerance:.0e})",
                 cure="please report it with the model; options={'rewrite': False} compiles it as it is",
             )
     log.info("verify: %d outputs agree", len(expected))

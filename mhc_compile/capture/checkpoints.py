@@ -40,7 +40,8 @@ def inline_checkpoints(gm: fx.GraphModule) -> int:
 
 def _inline(gm: fx.GraphModule, node: fx.Node, checkpoint_id: int) -> None:
     body_node = node.args[0]
-    assert isinstance(body_node, fx.Node) and isinstance(body_node.target, str)
+    assert isinstance(body_node, fx.Node)
+    assert isinstance(body_node.target, str)
     body = getattr(gm, body_node.target)
     if "_checkpoint_context_fn" in body.meta or node.meta.get("_checkpoint_context_fn") is not None:
         raise LayoutError(

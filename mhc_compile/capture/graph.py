@@ -58,7 +58,7 @@ def user_line(node: fx.Node) -> str:
 
 
 def qualified_module(node: fx.Node) -> str:
-    """Qualified name of the innermost module of the node's stack (``model.layers.0``), empty for the root's own lines."""
+    """Qualified name of the innermost module of the node's stack, ``model.layers.0``; empty for the root itself."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

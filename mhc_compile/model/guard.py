@@ -25,6 +25,7 @@ class PlainRunGuard:
     """The hook. A class, so that a model that carries it can be copied and pickled."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """Refuse a plain run; let a trace and the plain() context pass."""
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 _refuse(module, "is being exported")

@@ -160,6 +160,7 @@ class HyperConnection(nn.Module):
         return pre, post, res
 
     def extra_repr(self) -> str:
+        """For ``print(model)``."""
         return f"streams={self.spec.streams}, width={self.width}, layout={self.spec.layout!r}, position={self.position}"
 
     def bytes(self) -> int:

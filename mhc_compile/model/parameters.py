@@ -149,23 +149,25 @@ class SiteParameters:
             ]
             if left_over:
                 raise MismatchError(
-                    f"the model holds {len(left_over)} hyper-connections that this graph does not use, e.g. {left_over[0]}: "
-                    "it would run half converted",
-                    cure="compile it with the options of its first conversion (streams, variant, include, exclude, post_norm)",
+                    f"the model holds {len(left_over)} hyper-connections that this graph does not use, e.g. "
+                    f"{left_over[0]}: it would run half converted",
+                    cure="compile it with the options of its first conversion (streams, variant, include, exclude, "
+                    "post_norm)",
                 )
             if self.fresh and marker.is_from_checkpoint(root) and not any(hyper_connections(root)):
                 raise CheckpointError(
                     "the model's config says that its checkpoint has hyper-connections, but the model holds none: "
                     "from_pretrained dropped them, and training would start them anew",
-                    cure="load the checkpoint with mhc_compile.load_state_dict(model, state_dict) before compiling, or delete "
-                    "config.mhc to start anew on purpose",
+                    cure="load the checkpoint with mhc_compile.load_state_dict(model, state_dict) before compiling, or "
+                    "delete config.mhc to start anew on purpose",
                 )
         if self.fresh:
             wrapped = next((w for w in [*wrappers, *self.modules.roots] if compat.is_data_parallel(w)), None)
             if wrapped is not None or compat.under_ddp_optimizer():
+                name = type(wrapped).__name__ if wrapped is not None else "DistributedDataParallel"
                 raise WrappedModelError(
-                    f"{type(wrapped).__name__ if wrapped is not None else 'DistributedDataParallel'} has wrapped the model "
-                    "before its hyper-connection parameters exist: they would not be synchronised"
+                    f"{name} has wrapped the model before its hyper-connection parameters exist: "
+                    "they would not be synchronised"
                 )
 
     def _is_in_graph(self, root: nn.Module, name: str) -> bool:

@@ -173,13 +173,13 @@ class _Finder:
         options = self.ctx.options
         carrier, branch = meta_value(site.carrier), meta_value(output)
         if not (_same_shape(carrier, branch) and _same_shape(carrier, meta_value(node))):
-            return f"carrier {_shape(carrier)} and branch {_shape(branch)} differ in shape: a broadcast add is no residual site"
+            return f"carrier {_shape(carrier)} and branch {_shape(branch)} differ in shape: a broadcast is no site"
         if not carrier.is_floating_point() or not branch.is_floating_point():
             return f"the carrier is {carrier.dtype}; hyper-connections mix floating-point streams"
         if compat.is_dtensor(carrier):
             return "the stream is a DTensor (sequence parallel), which the site operations have no sharding rule for"
         if op_name(node) in INPLACE_ADDS:
-            return "the add writes in place into a tensor that is an input or is read under another name; write x = x + f(x)"
+            return "the add writes in place into a tensor that is an input or has another name; write x = x + f(x)"
         if self._is_same_stream(site, output):
             return "skip connection: both operands are states of the same stream, each is read collapsed"
         module = site.module

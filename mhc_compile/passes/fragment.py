@@ -40,7 +40,8 @@ def _reaches_output(chain: ResidualChain) -> bool:
 
 def _refuse(chain: ResidualChain, why: str) -> None:
     site = chain.sites[-1]
+    span = f"{chain.sites[0].module or 'root'} to {site.module or 'root'}"
     raise FragmentError(
-        f"a residual chain of {len(chain.sites)} sites ({chain.sites[0].module or 'root'} to {site.module or 'root'}) is cut: {why}",
+        f"a residual chain of {len(chain.sites)} sites ({span}) is cut: {why}",
         where=site.where,
     )

@@ -46,6 +46,7 @@ class Raiser:
         self.judge = Judge()
         self.raised: Counter[str] = Counter()
         self.refusals: list[Refusal] = []
+        self.unread = {node for node in gm.graph.nodes if not node.users}
 
     def facts(self) -> GraphFacts:
         """What the patterns ask about the graph as it is now."""
@@ -75,27 +76,102 @@ class Raiser:
     def build(self, candidate: Candidate, part: Region, facts: GraphFacts) -> tuple[fx.Node, ...] | None:
         """Build the new nodes before the first output and let the judge compare; None (and a refusal) if they differ."""
         point = min(candidate.outputs, key=facts.order.__getitem__)
-        before = set(self.gm.graph.nodes)
+        previous = point.prev
         builder = Builder(self.gm)
-        reason: str | None
+        reason: str | None = None
+        new: tuple[fx.Node, ...] = ()
         try:
             with builder.at(before=point):
                 new = candidate.build(builder)
         except Unarrangeable as error:
-            new, reason = (), str(error)
-        else:
-            created = self._created(point, before)
-            _hoist(created, point, facts)
-            leaves = list(part.leaves)
-            read = {n for node in created for n in node.all_input_nodes if n not in before or n in part.leaves}
-            helpers = _helpers(created, set(leaves), before, facts)
-            reason = self.judge.disagreement(
-                candidate.outputs, new, leaves + [n for n in helpers[0] if n not in leaves], part.nodes, helpers[1] + created
-            )
-            del read
+            reason = str(error)
+        created = _between(previous, point)
         if reason is None:
+            reason = _hoist(created, facts)
+        if reason is None:
+            nodes, leaves = _closure(new, candidate.inputs)
+            inputs = list(dict.fromkeys([*candidate.inputs, *part.leaves, *leaves]))
+            reason = self.judge.disagreement(candidate.outputs, new, inputs, part.nodes, nodes)
+        if reason is None:
+            for node in created:
+                node.meta.update({key: point.meta[key] for key in _TAGS if key in point.meta})
             return new
-        for node in reversed(self._created(point, before)):
+        for node in reversed(created):
             self.gm.graph.erase_node(node)
         self.refuse(Refused(candidate.what, reason, candidate.outputs[-1]))
         return None
+
+    def replace(self, candidate: Candidate, part: Region, new: tuple[fx.Node, ...]) -> None:
+        """Readers of the outputs read the new nodes; what nobody reads any more goes."""
+        members = set(part.nodes)
+        for output, value in zip(candidate.outputs, new, strict=True):
+            output.replace_all_uses_with(value)
+        for name in candidate.names:
+            name.replace_all_uses_with(new[0], delete_user_cb=lambda user: user not in members)
+        for node in reversed(part.nodes):
+            if not node.users:
+                self.gm.graph.erase_node(node)
+        self.raised[candidate.what] += 1
+
+    def refuse(self, refusal: Refused) -> None:
+        """Keep a refusal for the report."""
+        node = refusal.node
+        self.refusals.append(Refusal(refusal.what, refusal.reason, user_line(node), qualified_module(node)))
+
+    def sweep(self) -> None:
+        """Erase what only the replaced regions read: views, casts, splits and other known pure operations."""
+        for node in reversed(self.gm.graph.nodes):
+            if node.users or node.op not in ("call_function", "call_method") or node in self.unread:
+                continue
+            name, inplace = reading.called_name(node)
+            if name and not inplace:
+                self.gm.graph.erase_node(node)
+
+
+_TAGS = ("recompute", "ac_graph_id", "custom")
+"""What a checkpoint or a user wrote on a node, and the nodes in its place must say as well."""
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes after ``first`` and before ``last``."""
+    nodes, node = [], first.next
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _hoist(created: list[fx.Node], facts: GraphFacts) -> str | None:
+    """Move prepared parameters (a split bias, an unbound scale) in front of the new nodes that read them."""
+
+    def lift(node: fx.Node) -> bool:
+        if node < created[0]:
+            return True
+        if node not in facts.static or not all(lift(source) for source in node.all_input_nodes):
+            return False
+        created[0].prepend(node)
+        return True
+
+    own = set(created)
+    for node in created:
+        for source in node.all_input_nodes:
+            if source not in own and not lift(source):
+                return f"`{source.name}` is computed after the first of the values that would be replaced"
+    return None
+
+
+def _closure(outputs: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """(nodes that compute the outputs from the inputs, in graph order; placeholders that they read besides)."""
+    stop, seen, leaves = set(inputs), set[fx.Node](), list[fx.Node]()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in stop or node in seen:
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            leaves.append(node)
+            stop.add(node)
+            continue
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+    return sorted(seen), leaves

@@ -159,7 +159,7 @@ class Roles:
         return NONLINEAR
 
     def strip(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-        """``node`` and what it was before unary linear operations, nearest first; ends at a node where ``stop`` holds."""
+        """``node`` and what it was before unary linear operations, nearest first, ending where ``stop`` holds."""
         found = [node]
         while not stop(node) and node.op in ("call_function", "call_method"):
             inputs = self.activations(node)
@@ -249,4 +249,4 @@ def _is_float(value: Any) -> bool:
 def _dropout_is_off(node: fx.Node) -> bool:
     probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-    return training is False or probability == 0
+    return training is False or (isinstance(probability, (int, float)) and probability == 0)

@@ -46,16 +46,18 @@ class ResidualSite:
     channel: int = -1
     """Axis of the channels in the carrier (negative)."""
     kind: str = "site"
-    """``attention``, ``cross_attention``, ``mlp``, ``mixer`` or ``site``: a word for the report, nothing decides by it."""
+    """``attention``, ``cross_attention``, ``mlp``, ``mixer`` or ``site``: a word for the report alone."""
     owner: tuple[nn.Module, tuple[str, ...]] | None = None
     """The module that the add belongs to: (root, names on the way down)."""
 
     @property
     def where(self) -> str:
+        """``file:line`` of the add."""
         return user_line(self.add)
 
     @property
     def module(self) -> str:
+        """Qualified name of the owner, empty for the root."""
         return ".".join(self.owner[1]) if self.owner is not None else qualified_module(self.add)
 
 

@@ -43,6 +43,7 @@ class StreamBuilder:
         return node if channel == -1 else self.builder.method("movedim", node, -1, channel)
 
     def getitem(self, node: fx.Node, index: int) -> fx.Node:
+        """One result of a node that returns several."""
         return self.builder.call(operator.getitem, node, index)
 
     def apply(
@@ -102,7 +103,7 @@ def _is_line(path: list[fx.Node], source: fx.Node) -> bool:
 def _is_direct(node: fx.Node, channel: int) -> bool:
     """True when applying the operation to [..., n, C] is applying it to every stream."""
     name = op_name(node)
-    others = [arg for arg in (*node.args[1:], *node.kwargs.values())]
+    others = [*node.args[1:], *node.kwargs.values()]
     if name in _CASTS:
         return True
     if name == "to":
