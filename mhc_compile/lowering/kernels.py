@@ -1,26 +1,85 @@
-"""Which Triton kernel takes which node: the first provider."""
+"""Which Triton kernel takes which node: the first provider. Triton is imported when a node could run on it, never before."""
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
+import torch
 from torch import fx
 
-from .base import LoweringLog, device_of
+from mhc_compile.compat import triton_version
+
+from .base import LoweringLog, device_of, fake
+from .inline import replace_by_function
+
+
+def interpreted() -> bool:
+    """TRITON_INTERPRET=1: kernels run on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def platform_refusal(device: torch.device | None) -> str:
+    """Why Triton does not run there; empty if it does."""
+    if not triton_version():
+        return "Triton is not installed"
+    if device is not None and device.type == "cpu" and interpreted():
+        return ""
+    if device is None or device.type != "cuda":
+        return f"no kernels for {device.type if device is not None else 'no device'}"
+    if torch.version.hip is not None:
+        return "kernels are not tested on ROCm"
+    if _capability(device.index or 0) < (8, 0):
+        return f"compute capability {_capability(device.index or 0)} is below 8.0"
+    return ""
 
 
 def refusal(name: str, named: dict[str, Any]) -> str:
-    """Why no kernel takes the node; empty if one does."""
-    device = device_of(named)
-    if device is None or device.type != "cuda":
-        return f"no kernel for {device}"
-    return "no kernel"
+    """Why no kernel takes the node; empty if one does. `named` are the node's arguments."""
+    if name.startswith(("expand", "collapse")):
+        return "element-wise: inductor's own kernel is at the floor"
+    reason = platform_refusal(device_of(named))
+    if reason:
+        return reason
+    from . import coefficients, post, pre, sinkhorn
+
+    values = {key: fake(value) for key, value in named.items()}
+    backward = name.endswith("_backward")
+    stem = name.removesuffix("_backward")
+    if stem == "sinkhorn":
+        return sinkhorn.refusal(values, values["logits"], backward)
+    if stem == "pre":
+        return pre.refusal(values["streams"])
+    if stem == "post":
+        return post.refusal(values["streams"], values["y"])
+    return coefficients.refusal(values, values["x"], values["phi"], backward)
 
 
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
-    """Replace `node` by its kernel."""
-    raise ValueError(f"no kernel for mhc::{name}")
+    """Replace `node` by calls of its kernels and the few tensor operations around them."""
+    from . import boundary, coefficients, post, pre, sinkhorn
+
+    functions = {
+        "sinkhorn": sinkhorn.forward,
+        "sinkhorn_backward": sinkhorn.backward,
+        "pre": pre.forward,
+        "pre_backward": pre.backward,
+        "post": post.forward,
+        "post_backward": post.backward,
+        "coefficients": coefficients.forward,
+        "coefficients_backward": boundary.coefficients_backward,
+    }
+    replace_by_function(node, functions[name], list(named.values()))
 
 
 def fuse(graph: fx.Graph, log: LoweringLog) -> None:
-    """Fusions over several semantic ops."""
+    """Fusions over several semantic ops, where the kernels for them can run."""
+    from . import fuse as fusions
+
+    fusions.run(graph, log)

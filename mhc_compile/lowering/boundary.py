@@ -1,0 +1,230 @@
+"""The gradient of the stream state, all its contributions in one pass.
+
+    dX_i = sum_o H[o, i] dX'_o  +  h_pre_i du  +  (dm phi)_i  +  c X_i
+           through post            through pre    through the projection and through the norm of the coefficients
+
+Written one by one these are three tensors of n u each and the additions between them: 51 u a site. In one pass 13 u are read
+and written (n = 4). A program holds a tile of tokens and channels; dm phi comes from the tensor core with a contraction of
+only K rows, accumulated in float32 with the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhc_compile.ops.spec import CoefficientSpec
+
+from .coefficients import padded_rows
+from .launch import by_token, dot
+
+
+@triton.jit
+def streams_backward_kernel(
+    x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    TWO: tl.constexpr,
+) -> None:  # noqa: ANN001  # fmt: skip
+    """Program: BT tokens, BC channels, all streams. Everything is loaded before anything is stored."""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    program = tl.program_id(0)
+    rows = ((program // BLOCKS).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+    columns = ((program % BLOCKS) * BC + tl.arange(0, BC))[None, :]
+    there = rows < tokens
+    mask = there & (columns < C)
+    state = rows * (N * C) + columns
+    if POST:
+        gs = ()
+        for o in tl.static_range(N):
+            gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)  # noqa: RUF005
+        if HAS_RES:
+            h = ()
+            for o in tl.static_range(N * N):
+                h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+    if PRE:
+        du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0)
+        p = ()
+        for i in tl.static_range(N):
+            p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+    if COEFFICIENTS:
+        ks = tl.arange(0, KP)
+        dm = tl.load(dm_ptr + rows * WIDTH + ks[None, :], mask=there, other=0.0)
+        if TWO:
+            low = tl.load(dm_ptr + rows * WIDTH + KP + ks[None, :], mask=there, other=0.0)
+        multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
+        known = (ks < K)[:, None] & (columns < C)
+    results = ()
+    for i in tl.static_range(N):
+        total = tl.zeros((BT, BC), dtype=tl.float32)
+        if COEFFICIENTS:
+            phi = tl.load(phi_ptr + ks[:, None] * (N * C) + i * C + columns, mask=known, other=0.0)
+            total = dot(dm, phi, total)
+            if TWO:
+                total = dot(low, phi, total)
+            total += multiple * tl.load(x_ptr + state + i * C, mask=mask, other=0.0).to(tl.float32)
+        if POST:
+            if HAS_RES:
+                for o in tl.static_range(N):
+                    total += h[i * N + o if TRANSPOSE else o * N + i] * gs[o].to(tl.float32)
+            else:
+                total += gs[i].to(tl.float32)
+        if PRE:
+            total += p[i] * du.to(tl.float32)
+        results = results + (total,)  # noqa: RUF005
+    for i in tl.static_range(N):
+        tl.store(out_ptr + state + i * C, results[i].to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def streams_config(tokens: int, width: int) -> dict[str, int]:
+    """Tile: 16 tokens (the least the tensor core takes) by up to 128 channels."""
+    return {"BT": 16, "BC": max(16, min(128, int(triton.next_power_of_2(width)))), "num_warps": 4, "num_stages": 1}
+
+
+@torch.library.custom_op("mhc_kernel::streams_backward", mutates_args=())
+def streams_backward(
+    streams: Tensor,
+    grad: Tensor | None,
+    h_res: Tensor | None,
+    transpose: bool,
+    du: Tensor | None,
+    h_pre: Tensor | None,
+    dm: Tensor | None,
+    phi: Tensor | None,
+    multiple: Tensor | None,
+) -> Tensor:
+    """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given.
+
+    grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T, KP]
+    float32) with phi [K, nC] in dm's dtype and multiple [T].
+    """
+    x = by_token(streams, 2)
+    tokens, n, width = x.shape
+    out = torch.empty_like(x)
+    if tokens:
+        config = streams_config(tokens, width)
+        rows = 1 if phi is None else phi.shape[0]
+        padded = 16 if dm is None else padded_width(rows)
+        grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["BC"]),)
+        streams_backward_kernel[grid](
+            x,
+            x if grad is None else by_token(grad, 2),
+            x if h_res is None else by_token(h_res, 2),
+            x if du is None else by_token(du, 1),
+            x if h_pre is None else by_token(h_pre, 1),
+            x if dm is None else dm.contiguous(),
+            x if phi is None else phi.contiguous(),
+            x if multiple is None else multiple.contiguous(),
+            out,
+            tokens,
+            C=width,
+            N=n,
+            K=rows,
+            KP=padded,
+            WIDTH=padded if dm is None else dm.shape[1],
+            POST=grad is not None,
+            HAS_RES=h_res is not None,
+            TRANSPOSE=transpose,
+            PRE=du is not None,
+            COEFFICIENTS=dm is not None,
+            TWO=dm is not None and dm.shape[1] == 2 * padded,
+            **config,
+        )
+    return out.view(streams.shape)
+
+
+@streams_backward.register_fake
+def _(
+    streams: Tensor,
+    grad: Tensor | None,
+    h_res: Tensor | None,
+    transpose: bool,
+    du: Tensor | None,
+    h_pre: Tensor | None,
+    dm: Tensor | None,
+    phi: Tensor | None,
+    multiple: Tensor | None,
+) -> Tensor:
+    return streams.new_empty(streams.shape)
+
+
+def padded_width(rows: int) -> int:
+    """KP for K rows of phi."""
+    return max(16, int(triton.next_power_of_2(rows + 1)))
+
+
+def dm_operand(phi: Tensor, dm_dtype: torch.dtype) -> Tensor:
+    """phi in the dtype of dm: one bf16 copy is enough here, its rounding is that of one term of a bf16 gradient."""
+    return phi.to(dm_dtype)
+
+
+def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The arguments of `mhc::coefficients_backward` -> its results (traced into the graph)."""
+    from mhc_compile.ops.coefficients import split_backward_arguments
+
+    grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
+    dm, multiple, sums = logits_gradients(grads, x, bias, alphas, projection, spec, args[11:])
+    d_streams = x.new_empty(0)
+    if needs[0]:
+        d_streams = torch.ops.mhc_kernel.streams_backward.default(
+            x, None, None, False, None, None, dm, dm_operand(phi, dm.dtype), multiple
+        )
+    return (d_streams, *parameter_gradients(dm, sums, x, phi, bias, alphas, spec, needs))
+
+
+def logits_gradients(
+    grads: dict[str, Tensor | None],
+    x: Tensor,
+    bias: Tensor,
+    alphas: dict[str, Tensor | None],
+    projection: Tensor,
+    spec: CoefficientSpec,
+    flat: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dm, multiple, sums) of `logits_backward`, for tensors of any leading shape."""
+    shapes = {"pre": 1, "post": 1, "res": 2}
+    by_part = [None if grads[part] is None else flatten(grads[part], trailing) for part, trailing in shapes.items()]
+    return torch.ops.mhc_kernel.logits_backward.default(
+        *by_part, flatten(projection, 1), bias, alphas["pre"], alphas["post"], alphas["res"],
+        spec.streams * x.shape[-1], x.dtype == torch.float32, *flat,
+    )  # fmt: skip
+
+
+def flatten(value: Any, trailing: int) -> Tensor:
+    """[..., d1 .. dk] -> [T, d1 .. dk] as a view (or copy), traceable."""
+    return value.reshape(math.prod(value.shape[: value.dim() - trailing]), *value.shape[value.dim() - trailing :])
+
+
+def parameter_gradients(
+    dm: Tensor,
+    sums: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    bias: Tensor,
+    alphas: dict[str, Tensor | None],
+    spec: CoefficientSpec,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dphi, dbias, dalpha_pre, dalpha_post, dalpha_res); an unneeded one is empty."""
+    from .coefficients_backward import phi_gradient
+
+    total = sums.sum(0)
+    d_phi = phi_gradient(dm, flatten(x, 2), spec).to(phi.dtype) if needs[1] else phi.new_empty(0)
+    d_bias = total[: spec.rows].to(bias.dtype) if needs[2] else bias.new_empty(0)
+    d_alphas = []
+    for index, part in enumerate(("pre", "post", "res")):
+        alpha = alphas[part]
+        if needs[3 + index] and alpha is not None:
+            value = total[spec.rows + index] if part in spec.parts else total.new_zeros(())
+            d_alphas.append(value.to(alpha.dtype).reshape(alpha.shape))
+        else:
+            d_alphas.append(bias.new_empty(0))
+    return (d_phi, d_bias, *d_alphas)
+
+
+__all__ = ["coefficients_backward", "logits_gradients", "parameter_gradients", "streams_backward", "streams_config"]

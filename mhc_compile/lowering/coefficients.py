@@ -1,0 +1,294 @@
+"""coefficients, forward: a skinny GEMM that also sums the squares, then one small kernel from logits to coefficients.
+
+`project` reads X once: tiles of X go straight from memory to the tensor core (an operand computed in registers would pay a
+layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate` divides by
+the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
+Traffic, n = 4: project 4 u + phi; activate about 0.1 u.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhc_compile.ops.spec import CoefficientSpec
+
+from .launch import FLOATS, STREAMS, by_token, dot
+from .sinkhorn import constants as sinkhorn_constants
+from .sinkhorn import iterate, tokens_a_program
+from .sinkhorn import spec_refusal as sinkhorn_refusal
+
+NORMS = {"rms": 0, "rms_outside": 1, "none": 2}
+
+
+def refusal(named: dict[str, Any], x: Tensor, phi: Tensor, backward: bool) -> str:
+    """Why no kernel takes this `mhc::coefficients` call; empty if one does."""
+    spec = CoefficientSpec.from_op_arguments(named)
+    if x.dtype not in FLOATS:
+        return f"dtype {x.dtype}"
+    if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in named.values()):
+        return "float64 parameters"
+    if spec.streams not in STREAMS:
+        return f"{spec.streams} streams, kernels exist for {STREAMS}"
+    if not isinstance(phi.shape[1], int):
+        return "symbolic hidden size"
+    return sinkhorn_refusal(spec.sinkhorn, backward) if spec.sinkhorn is not None else ""
+
+
+def padded_rows(spec: CoefficientSpec) -> int:
+    """KP: K coefficients and the sum of squares, rounded up to what the tensor core takes."""
+    return max(16, int(triton.next_power_of_2(spec.rows + 1)))
+
+
+def activation_constants(spec: CoefficientSpec) -> dict[str, Any]:
+    """Compile-time attributes of the two `activate` kernels."""
+    n, parts = spec.streams, spec.parts
+    return {
+        "N": n,
+        "NP": int(triton.next_power_of_2(n)),
+        "K": spec.rows,
+        "KP": padded_rows(spec),
+        "PRE": spec.offset("pre") if "pre" in parts else -1,
+        "POST": spec.offset("post") if "post" in parts else -1,
+        "RES": spec.offset("res") if "res" in parts else -1,
+        "NORM": NORMS[spec.norm],
+        "NORM_EPS": spec.norm_eps,
+        "SIGMOID": spec.gate == "sigmoid",
+        "PRE_SCALE": spec.pre_scale,
+        "PRE_EPS": spec.pre_eps,
+        "POST_SCALE": spec.post_scale,
+        "POST_EPS": spec.post_eps,
+        "SINKHORN": spec.sinkhorn is not None,
+        **sinkhorn_constants(spec.sinkhorn),
+    }
+
+
+def halves(phi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """phi = hi + lo in `dtype`: 16 mantissa bits in bf16, more than tf32 has, at twice its speed."""
+    wide = phi.to(torch.float32)
+    hi = wide.to(dtype)
+    return hi, (wide - hi.to(torch.float32)).to(dtype)
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, hi_ptr, lo_ptr, out_ptr, tokens, TOTAL: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr,
+) -> None:  # noqa: ANN001  # fmt: skip
+    """Program (t, s): BT tokens times the s-th SPAN of the channels -> out[s, token, :K] and, at column K, sum of x^2."""
+    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    there = (rows < tokens)[:, None]
+    ks = tl.arange(0, KP)
+    inner = tl.arange(0, BK)
+    first = tl.program_id(1) * SPAN
+    x_ptrs = x_ptr + rows[:, None] * TOTAL + (first + inner)[None, :]
+    phi_offsets = ks[:, None] * TOTAL + (first + inner)[None, :]
+    known = (ks < K)[:, None]
+    acc = tl.zeros((BT, KP), dtype=tl.float32)
+    squares = tl.zeros((BT, BK), dtype=tl.float32)
+    for start in range(0, SPAN, BK):
+        inside = (first + start + inner)[None, :] < TOTAL
+        x = tl.load(x_ptrs + start, mask=there & inside, other=0.0)
+        hi = tl.load(hi_ptr + phi_offsets + start, mask=known & inside, other=0.0)
+        acc = dot(x, tl.trans(hi), acc)
+        if TWO:
+            lo = tl.load(lo_ptr + phi_offsets + start, mask=known & inside, other=0.0)
+            acc = dot(x, tl.trans(lo), acc)
+        wide = x.to(tl.float32)
+        squares += wide * wide
+    out = out_ptr + tl.program_id(1).to(tl.int64) * tokens * KP + rows[:, None] * KP + ks[None, :]
+    acc = tl.where((ks == K)[None, :], tl.sum(squares, axis=1)[:, None], acc)
+    tl.store(out, acc, mask=there)
+
+
+@triton.jit
+def part_logits(
+    partial_ptr, bias_ptr, alpha_ptr, offsets, lines, mask, r, tokens, START: tl.constexpr, KP: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> Any:  # noqa: ANN001  # fmt: skip
+    """(m, m / r * alpha + bias) of one part; `offsets` are token * KP + row, `lines` the row within phi."""
+    m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        m += tl.load(partial_ptr + split * tokens.to(tl.int64) * KP + offsets, mask=mask, other=0.0)
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
+    return m, m / r * alpha + bias
+
+
+@triton.jit
+def activate_kernel(
+    partial_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, projection_ptr,
+    tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr, NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
+    POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr,
+    POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
+) -> None:  # noqa: ANN001  # fmt: skip
+    """Program: TOKENS tokens from partial projections to pre, post, res and the projection that the backward needs."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    there = token < tokens
+    base = token * KP
+    r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
+    if NORM != 2:
+        squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
+        for split in tl.static_range(1, SPLITS):
+            squares += tl.load(partial_ptr + split * tokens.to(tl.int64) * KP + base + K, mask=there, other=1.0)
+        r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+    tl.store(projection_ptr + token * (K + 1) + K, r, mask=there)
+    line = tl.arange(0, NP)
+    lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
+    mask = there[:, None] & (lines < N)
+    if PRE >= 0:
+        m, p = part_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
+                           r[:, None], tokens, PRE, KP, SPLITS)  # fmt: skip
+        tl.store(projection_ptr + token[:, None] * (K + 1) + PRE + lines, m, mask=mask)
+        p = (tl.sigmoid(p) if SIGMOID else p) * PRE_SCALE + PRE_EPS
+        tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
+    if POST >= 0:
+        m, q = part_logits(partial_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
+                           r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
+        tl.store(projection_ptr + token[:, None] * (K + 1) + POST + lines, m, mask=mask)
+        q = (tl.sigmoid(q) if SIGMOID else q) * POST_SCALE + POST_EPS
+        tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
+    if RES >= 0:
+        row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
+        cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
+        valid = (row < N) & (column < N) & (cells >= 0)
+        mask3 = valid & there[:, None, None]
+        m, s = part_logits(partial_ptr, bias_ptr, alpha_res_ptr, base[:, None, None] + RES + cells, RES + cells, mask3,
+                           r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
+        tl.store(projection_ptr + token[:, None, None] * (K + 1) + RES + cells, m, mask=mask3)
+        if SINKHORN:
+            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
+        tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
+
+
+def project_config(tokens: int, rows: int, total: int, itemsize: int) -> dict[str, int]:
+    """Tile and splits: enough programs for every multiprocessor; small T splits the channels instead of idling."""
+    bt = 16 if tokens <= 32 else 64
+    bk = 128 if itemsize == 2 else 64
+    programs = triton.cdiv(max(tokens, 1), bt)
+    splits = 1
+    while programs * splits < 264 and splits < 16 and total // (splits * 2) >= 4 * bk:
+        splits *= 2
+    if rows > 64:
+        bt, bk = min(bt, 32), 64
+    span = triton.cdiv(triton.cdiv(total, splits), bk) * bk
+    return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
+
+
+@torch.library.custom_op("mhc_kernel::project", mutates_args=())
+def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int) -> Tensor:
+    """X [..., n, C], halves of phi [K, nC] -> partial sums [S, T, KP]: column k < K of phi, column K of x^2.
+
+    S (the number of splits) is data of the launch, so the result is summed over S by who reads it; T = 0 gives S = 1.
+    """
+    x3 = by_token(x, 2)
+    tokens, total = x3.shape[0], x3.shape[1] * x3.shape[2]
+    config = project_config(tokens, padded, total, x.element_size())
+    splits = triton.cdiv(total, config["SPAN"])
+    out = torch.empty((splits, tokens, padded), dtype=torch.float32, device=x.device)
+    if tokens:
+        lo = phi_hi if phi_lo is None else phi_lo
+        project_kernel[(triton.cdiv(tokens, config["BT"]), splits)](
+            x3, phi_hi, lo, out, tokens, TOTAL=total, K=rows, KP=padded, TWO=phi_lo is not None, **config
+        )
+    return out if splits == 1 else out.sum(0, keepdim=True)
+
+
+@project.register_fake
+def _(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int) -> Tensor:
+    tokens = x.shape[0] if x.dim() == 3 else x.flatten(0, -3).shape[0]
+    return x.new_empty((1, tokens, padded), dtype=torch.float32)
+
+
+def run_activate(
+    partial: Tensor, bias: Tensor, alphas: dict[str, Tensor | None], spec: CoefficientSpec, total: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """partial [S, T, KP] -> (pre [T, n], post [T, n], res [T, n, n], projection [T, K + 1])."""
+    splits, tokens, _ = partial.shape
+    n = spec.streams
+    mix = spec.mix_dtype or torch.float32
+    h_pre = partial.new_empty((tokens, spec.part_size("pre")))
+    h_post = partial.new_empty((tokens, spec.part_size("post")), dtype=mix)
+    h_res = partial.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix)
+    projection = partial.new_empty((tokens, spec.rows + 1))
+    if tokens:
+        block = tokens_a_program(n)
+        a = {part: bias if alpha is None else alpha for part, alpha in alphas.items()}
+        activate_kernel[(triton.cdiv(tokens, block),)](
+            partial, bias, a["pre"], a["post"], a["res"], h_pre, h_post, h_res, projection, tokens,
+            TOTAL=total, SPLITS=splits, TOKENS=block, num_warps=1, **activation_constants(spec),
+        )  # fmt: skip
+    return h_pre, h_post, h_res, projection
+
+
+_ATTRIBUTES = (
+    "str layout, int streams, str norm, float norm_eps, str gate, float pre_scale, float pre_eps, float post_scale, "
+    "float post_eps, str res, ScalarType? mix_dtype, str sinkhorn_positivity, float sinkhorn_positive_eps, "
+    "str sinkhorn_first, int sinkhorn_steps, float sinkhorn_eps, str sinkhorn_eps_mode"
+)
+ATTRIBUTE_SCHEMA = _ATTRIBUTES
+
+
+def spec_of(flat: tuple[Any, ...]) -> CoefficientSpec:
+    """The attributes in schema order -> the spec."""
+    from mhc_compile.ops.coefficients import ATTRIBUTES
+
+    return CoefficientSpec.from_op_arguments(dict(zip(ATTRIBUTES, flat, strict=True)))
+
+
+@torch.library.custom_op(
+    "mhc_kernel::activate",
+    mutates_args=(),
+    schema=(
+        "(Tensor partial, Tensor bias, Tensor alpha_pre, Tensor? alpha_post, Tensor? alpha_res, int total, "
+        f"{_ATTRIBUTES}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def activate(
+    partial: Tensor, bias: Tensor, alpha_pre: Tensor, alpha_post: Tensor | None, alpha_res: Tensor | None, total: int,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`run_activate` as an op."""
+    alphas = {"pre": alpha_pre, "post": alpha_post, "res": alpha_res}
+    return run_activate(partial, bias.contiguous(), alphas, spec_of(flat), total)
+
+
+@activate.register_fake
+def _(
+    partial: Tensor, bias: Tensor, alpha_pre: Tensor, alpha_post: Tensor | None, alpha_res: Tensor | None, total: int,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    spec = spec_of(flat)
+    tokens, n, mix = partial.shape[1], spec.streams, spec.mix_dtype or torch.float32
+    return (
+        partial.new_empty((tokens, spec.part_size("pre"))),
+        partial.new_empty((tokens, spec.part_size("post")), dtype=mix),
+        partial.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix),
+        partial.new_empty((tokens, spec.rows + 1)),
+    )
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `mhc::coefficients` -> its results, by `project` and `activate` (traced into the graph)."""
+    from mhc_compile.ops.coefficients import split_arguments
+
+    x, phi, bias, alphas, spec = split_arguments(args)
+    batch, total = x.shape[:-2], phi.shape[1]
+    hi, lo = (phi.to(torch.float32), None) if x.dtype == torch.float32 else halves(phi, x.dtype)
+    partial = torch.ops.mhc_kernel.project.default(x, hi, lo, spec.rows, padded_rows(spec))
+    h_pre, h_post, h_res, projection = torch.ops.mhc_kernel.activate.default(
+        partial, bias, alphas["pre"], alphas["post"], alphas["res"], total, *args[6:]
+    )
+    n = spec.streams
+    return (
+        h_pre.reshape(*batch, spec.part_size("pre")),
+        h_post.reshape(*batch, spec.part_size("post")),
+        h_res.reshape(*batch, n, n if "res" in spec.parts else 0),
+        projection.reshape(*batch, spec.rows + 1),
+    )

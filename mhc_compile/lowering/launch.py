@@ -1,0 +1,83 @@
+"""Helpers of the Triton launchers: where kernels can run, views by token, sizes.
+
+This module imports Triton; nothing of the package imports it before a kernel is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported): on CPU tensors, in tests."""
+
+_UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STREAMS = (1, 2, 3, 4, 8)
+
+
+def tokens_of(streams: Tensor) -> int:
+    """Number of tokens of a state [..., n, C]."""
+    return math.prod(streams.shape[:-2])
+
+
+def by_token(value: Tensor, trailing: int) -> Tensor:
+    """[..., d1 .. dk] -> contiguous [T, d1 .. dk] with `trailing` = k; no copy for contiguous input."""
+    tail = value.shape[value.dim() - trailing :]
+    return value.contiguous().reshape(math.prod(value.shape[: value.dim() - trailing]), *tail)
+
+
+def block_of(width: int, most: int) -> int:
+    """Block of channels: the least power of two >= width, at most `most`, at least 16."""
+    return max(16, min(most, triton.next_power_of_2(width)))
+
+
+def chunk_of(width: int, candidates: tuple[int, ...] = (1024, 512)) -> int:
+    """The largest candidate that divides the width, else the one that wastes the fewest masked lanes."""
+    for candidate in candidates:
+        if width % candidate == 0:
+            return candidate
+    return min((block_of(width, candidate) for candidate in candidates), key=lambda block: -width % block)
+
+
+@triton.jit
+def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> Any:  # noqa: ANN001  # Triton's own types
+    """One row of channels as float32; unmasked where the block divides the width, so that loads stay 16 bytes wide."""
+    if MASKED:
+        value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
+    else:
+        value = tl.load(pointer + start + offsets)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> None:  # noqa: ANN001
+    """Store a row, rounded to the dtype of the pointer."""
+    if MASKED:
+        tl.store(pointer + start + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointer + start + offsets, value.to(pointer.dtype.element_ty))
+
+
+@triton.jit
+def dot(a, b, total) -> Any:  # noqa: ANN001
+    """a @ b + total, exact products for float32; the interpreter holds bf16 as raw bits and must be given float32."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def load_scalars(pointer, COUNT: tl.constexpr) -> Any:  # noqa: ANN001
+    """COUNT consecutive float32 scalars as a tuple, loaded before any loop so that no store can hold them back."""
+    values = ()
+    for index in tl.static_range(COUNT):
+        values = values + (tl.load(pointer + index).to(tl.float32),)  # noqa: RUF005  # Triton tuples take no star
+    return values

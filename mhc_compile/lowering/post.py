@@ -1,0 +1,202 @@
+"""post forward and the dot products of its backward.
+
+Forward: one program per token and block of channels; the n^2 + n coefficients are loaded before the channels (a load inside
+a loop over channels cannot be hoisted past the stores: 40 u became 13 u). Backward: one program of a few warps per token
+walks over the channels with element-wise accumulators and reduces once; dX is left to `boundary`.
+Traffic, n = 4: forward 2n + 1 = 9 u; dots (read dX', X, y; write dy) 2n + 2 = 10 u.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FLOATS, STREAMS, by_token, chunk_of, load_row, load_scalars, store_row
+
+INNER = 8
+"""Neighbouring channels of one thread: 16 bytes of bf16. Summed inside the thread before the threads are."""
+
+
+def refusal(x: Tensor, y: Tensor) -> str:
+    """Why no kernel takes this `mhc::post` call; empty if one does."""
+    if x.dtype not in FLOATS or y.dtype not in FLOATS:
+        return f"dtypes {x.dtype}, {y.dtype}"
+    if x.shape[-2] not in STREAMS:
+        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
+    if not isinstance(x.shape[-1], int):
+        return "symbolic hidden size"
+    return ""
+
+
+@triton.jit
+def post_kernel(
+    x_ptr, y_ptr, post_ptr, res_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
+    HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
+) -> None:  # noqa: ANN001  # fmt: skip
+    """Program: one block of channels of one token, all streams."""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    MASKED: tl.constexpr = C % BC != 0
+    program = tl.program_id(0)
+    token = (program // BLOCKS).to(tl.int64)
+    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    mask = offsets < C
+    q = load_scalars(post_ptr + token * N, N)
+    if HAS_RES:
+        h = load_scalars(res_ptr + token * (N * N), N * N)
+    y = load_row(y_ptr, token * C, offsets, mask, MASKED)
+    xs = ()
+    for i in tl.static_range(N):
+        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+    for o in tl.static_range(N):
+        total = q[o] * y
+        if HAS_RES:
+            for i in tl.static_range(N):
+                total += h[i * N + o if TRANSPOSE else o * N + i] * xs[i]
+        else:
+            total += xs[o]
+        store_row(out_ptr, (token * N + o) * C, offsets, total, mask, MASKED)
+
+
+@triton.jit
+def post_dots_kernel(
+    grad_ptr, x_ptr, y_ptr, post_ptr, dy_ptr, d_post_ptr, d_res_ptr, C: tl.constexpr, N: tl.constexpr,
+    LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr, NEED_RES: tl.constexpr,
+) -> None:  # noqa: ANN001  # fmt: skip
+    """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>."""
+    BC: tl.constexpr = LANES * INNER
+    MASKED: tl.constexpr = C % BC != 0
+    token = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    q = load_scalars(post_ptr + token * N, N)
+    dq = ()
+    dh = ()
+    for _ in tl.static_range(N):
+        dq = dq + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+    for _ in tl.static_range(N * N):
+        dh = dh + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+    for block in tl.static_range((C + BC - 1) // BC):
+        offsets = block * BC + lanes
+        mask = offsets < C
+        y = load_row(y_ptr, token * C, offsets, mask, MASKED)
+        gs = ()
+        xs = ()
+        for i in tl.static_range(N):
+            gs = gs + (load_row(grad_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+            if NEED_RES:
+                xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+        if NEED_Y:
+            dy = q[0] * gs[0]
+            for o in tl.static_range(1, N):
+                dy += q[o] * gs[o]
+            store_row(dy_ptr, token * C, offsets, dy, mask, MASKED)
+        new_q = ()
+        new_h = ()
+        for o in tl.static_range(N):
+            new_q = new_q + (dq[o] + tl.sum(gs[o] * y, axis=1),)  # noqa: RUF005
+            if NEED_RES:
+                for i in tl.static_range(N):
+                    new_h = new_h + (dh[o * N + i] + tl.sum(gs[o] * xs[i], axis=1),)  # noqa: RUF005
+        dq = new_q
+        if NEED_RES:
+            dh = new_h
+    for o in tl.static_range(N):
+        tl.store(d_post_ptr + token * N + o, tl.sum(dq[o], axis=0).to(d_post_ptr.dtype.element_ty))
+        if NEED_RES:
+            for i in tl.static_range(N):
+                cell = i * N + o if TRANSPOSE else o * N + i
+                value = tl.sum(dh[o * N + i], axis=0)
+                tl.store(d_res_ptr + token * (N * N) + cell, value.to(d_res_ptr.dtype.element_ty))
+
+
+def post_config(width: int) -> dict[str, int]:
+    """One block of up to 1024 channels, 16 bytes a thread."""
+    block = chunk_of(width)
+    return {"BC": block, "num_warps": max(1, min(4, block // 256))}
+
+
+def dots_config(width: int) -> dict[str, int]:
+    """Two warps a token; more would spend their time in the reductions."""
+    lanes = 64 if width >= 512 else 32
+    return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
+
+
+@torch.library.custom_op("mhc_kernel::post", mutates_args=())
+def forward(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool) -> Tensor:
+    """The arguments of `mhc::post` -> X', by the kernel."""
+    x, branch, q = by_token(streams, 2), by_token(y, 1), by_token(h_post, 1)
+    tokens, n, width = x.shape
+    out = torch.empty_like(x, dtype=torch.promote_types(streams.dtype, y.dtype))
+    if tokens:
+        config = post_config(width)
+        h = q if h_res is None else by_token(h_res, 2)
+        post_kernel[(tokens * triton.cdiv(width, config["BC"]),)](
+            x, branch, q, h, out, C=width, N=n, HAS_RES=h_res is not None, TRANSPOSE=transpose, **config
+        )
+    return out.view(streams.shape)
+
+
+@forward.register_fake
+def _(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool) -> Tensor:
+    return streams.new_empty(streams.shape, dtype=torch.promote_types(streams.dtype, y.dtype))
+
+
+@torch.library.custom_op("mhc_kernel::post_dots", mutates_args=())
+def dots(
+    grad: Tensor, streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX' -> (dy, dh_post, dh_res); dy is empty unless `need_y`, dh_res is empty without h_res."""
+    g, x, branch, q = by_token(grad, 2), by_token(streams, 2), by_token(y, 1), by_token(h_post, 1)
+    tokens, n, width = x.shape
+    dy = torch.empty_like(branch) if need_y else branch.new_empty(0)
+    d_post = torch.empty_like(q)
+    d_res = q.new_empty(0) if h_res is None else torch.empty_like(h_res, memory_format=torch.contiguous_format)
+    if tokens:
+        post_dots_kernel[(tokens,)](
+            g, x, branch, q, dy, d_post, d_res, C=width, N=n, TRANSPOSE=transpose, NEED_Y=need_y,
+            NEED_RES=h_res is not None, **dots_config(width),
+        )  # fmt: skip
+    return dy.view(y.shape) if need_y else dy, d_post.view(h_post.shape), d_res
+
+
+@dots.register_fake
+def _(
+    grad: Tensor, streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        y.new_empty(y.shape if need_y else 0),
+        h_post.new_empty(h_post.shape),
+        h_post.new_empty(0) if h_res is None else h_res.new_empty(h_res.shape),
+    )
+
+
+def backward(
+    grad: Tensor,
+    streams: Tensor,
+    y: Tensor,
+    h_post: Tensor,
+    h_res: Tensor | None,
+    transpose: bool,
+    needs: list[bool],
+) -> tuple[Any, ...]:
+    """The arguments of `mhc::post_backward` -> its results (traced into the graph)."""
+    dy, d_post, d_res = y, h_post, h_res
+    d_streams = streams.new_empty(0)
+    if any(needs[1:]):
+        dy, d_post, d_res = torch.ops.mhc_kernel.post_dots.default(
+            grad, streams, y, h_post, h_res, transpose, bool(needs[1])
+        )
+    if needs[0]:
+        d_streams = torch.ops.mhc_kernel.streams_backward.default(
+            streams, grad, h_res, transpose, None, None, None, None, None
+        )
+    empty_res = (h_post if h_res is None else h_res).new_empty(0)
+    return (
+        d_streams,
+        dy if needs[1] else y.new_empty(0),
+        d_post if needs[2] else h_post.new_empty(0),
+        d_res if needs[3] and h_res is not None else empty_res,
+    )

@@ -1,0 +1,110 @@
+"""pre forward and the dot products of its backward. Traffic, n = 4: forward n + 1 = 5 u; dots n + 1 = 5 u."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import FLOATS, STREAMS, by_token, chunk_of, load_row, load_scalars, store_row
+from .post import dots_config
+
+
+def refusal(x: Tensor) -> str:
+    """Why no kernel takes this `mhc::pre` call; empty if one does."""
+    if x.dtype not in FLOATS:
+        return f"dtype {x.dtype}"
+    if x.shape[-2] not in STREAMS:
+        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
+    if not isinstance(x.shape[-1], int):
+        return "symbolic hidden size"
+    return ""
+
+
+@triton.jit
+def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr) -> None:  # noqa: ANN001
+    """Program: one block of channels of one token."""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    MASKED: tl.constexpr = C % BC != 0
+    program = tl.program_id(0)
+    token = (program // BLOCKS).to(tl.int64)
+    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    mask = offsets < C
+    p = load_scalars(pre_ptr + token * N, N)
+    total = p[0] * load_row(x_ptr, token * N * C, offsets, mask, MASKED)
+    for i in tl.static_range(1, N):
+        total += p[i] * load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
+    store_row(out_ptr, token * C, offsets, total, mask, MASKED)
+
+
+@triton.jit
+def pre_dots_kernel(
+    grad_ptr, x_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr
+) -> None:  # noqa: ANN001
+    """Program: one token, dh_pre_i = <du, X_i>."""
+    BC: tl.constexpr = LANES * INNER
+    MASKED: tl.constexpr = C % BC != 0
+    token = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    dp = ()
+    for _ in tl.static_range(N):
+        dp = dp + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+    for block in tl.static_range((C + BC - 1) // BC):
+        offsets = block * BC + lanes
+        mask = offsets < C
+        g = load_row(grad_ptr, token * C, offsets, mask, MASKED)
+        new = ()
+        for i in tl.static_range(N):
+            x = load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
+            new = new + (dp[i] + tl.sum(g * x, axis=1),)  # noqa: RUF005
+        dp = new
+    for i in tl.static_range(N):
+        tl.store(out_ptr + token * N + i, tl.sum(dp[i], axis=0).to(out_ptr.dtype.element_ty))
+
+
+@torch.library.custom_op("mhc_kernel::pre", mutates_args=())
+def forward(streams: Tensor, h_pre: Tensor) -> Tensor:
+    """X [..., n, C], h_pre [..., n] -> u [..., C], by the kernel."""
+    x, p = by_token(streams, 2), by_token(h_pre, 1)
+    tokens, n, width = x.shape
+    out = x.new_empty((tokens, width))
+    if tokens:
+        block = chunk_of(width)
+        pre_kernel[(tokens * triton.cdiv(width, block),)](
+            x, p, out, C=width, N=n, BC=block, num_warps=max(1, min(4, block // 256))
+        )
+    return out.view(*streams.shape[:-2], width)
+
+
+@forward.register_fake
+def _(streams: Tensor, h_pre: Tensor) -> Tensor:
+    return streams.new_empty((*streams.shape[:-2], streams.shape[-1]))
+
+
+@torch.library.custom_op("mhc_kernel::pre_dots", mutates_args=())
+def dots(grad: Tensor, streams: Tensor, h_pre: Tensor) -> Tensor:
+    """du [..., C] -> dh_pre [..., n] in the dtype of h_pre, by the kernel."""
+    g, x = by_token(grad, 1), by_token(streams, 2)
+    tokens, n, width = x.shape
+    out = h_pre.new_empty(h_pre.shape)
+    if tokens:
+        pre_dots_kernel[(tokens,)](g, x, out, C=width, N=n, **dots_config(width))
+    return out
+
+
+@dots.register_fake
+def _(grad: Tensor, streams: Tensor, h_pre: Tensor) -> Tensor:
+    return h_pre.new_empty(h_pre.shape)
+
+
+def backward(grad: Tensor, streams: Tensor, h_pre: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """The arguments of `mhc::pre_backward` -> its results (traced into the graph)."""
+    d_streams, d_pre = streams.new_empty(0), h_pre.new_empty(0)
+    if needs[0]:
+        d_streams = torch.ops.mhc_kernel.streams_backward.default(
+            streams, None, None, False, grad, h_pre, None, None, None
+        )
+    if needs[1]:
+        d_pre = torch.ops.mhc_kernel.pre_dots.default(grad, streams, h_pre)
+    return d_streams, d_pre

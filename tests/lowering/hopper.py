@@ -1,0 +1,45 @@
+"""Compile a Triton kernel for sm_90 on a machine without a GPU, and read its registers and stack off the cubin."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+def compile_for_hopper(
+    kernel: Any, pointers: dict[str, str], scalars: dict[str, str], constants: dict[str, Any], **options: int
+) -> Resources:
+    """`pointers` name -> element type (taken as 16-byte aligned), `scalars` name -> type, `constants` name -> value."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: f"*{kind}" for name, kind in pointers.items()} | scalars
+    signature |= dict.fromkeys(constants, "constexpr")
+    order = list(kernel.arg_names)
+    signature = {name: signature[name] for name in order}
+    attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        report = subprocess.run(
+            [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared), compiled.asm["ptx"])
