@@ -1,9 +1,9 @@
 """Raise hand-written hyper-connections: chains of small operations become the semantic ops, with their own numbers.
 
 Each pattern finds candidates on the graph as it is. A candidate is taken only if its region can be taken out (nobody
-reads the inside, nothing written in place has a second name, one grad mode) and if the judge, in float64, finds the new op
-equal to the old nodes in value and gradient. What was almost taken is reported with its reason. It runs before autograd,
-on the torch-level graph, so that our backward replaces the unrolled one; nothing is re-traced.
+reads the inside, nothing written in place has a second name, one grad mode) and if the judge, in float64, finds the
+new op equal to the old nodes in value and gradient. What was almost taken is reported with its reason. It runs before
+autograd, on the torch-level graph, so that our backward replaces the unrolled one; nothing is re-traced.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from mhc_compile.patterns.region import GraphFacts, Region, obstacle, region, re
 
 
 def raise_chains(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Replace every recognised chain of ``gm`` in place. ``changed`` counts the ops that were raised, ``notes`` says which,
-    ``refusals`` what was almost one and why it stays."""
+    """Replace every recognised chain of ``gm`` in place.
+
+    ``changed`` counts the raised ops, ``notes`` says which, ``refusals`` what was almost one and why it stays.
+    """
     raiser = Raiser(gm, ctx)
     relink_writes(gm.graph)
     raiser.take(sinkhorn.find(gm.graph), raiser.facts())
@@ -74,7 +76,7 @@ class Raiser:
                 self.replace(candidate, part, new)
 
     def build(self, candidate: Candidate, part: Region, facts: GraphFacts) -> tuple[fx.Node, ...] | None:
-        """Build the new nodes before the first output and let the judge compare; None (and a refusal) if they differ."""
+        """Build the new nodes before the first output; None (and a refusal) if the judge finds a difference."""
         point = min(candidate.outputs, key=facts.order.__getitem__)
         previous = point.prev
         builder = Builder(self.gm)
