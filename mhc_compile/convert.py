@@ -80,8 +80,7 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
     report.sites = site_rows(list(ctx.chains), parameters.site_names)
     report.graph = readable(copy)
     _account(report, parameters)
-    if options.streams > 1:
-        parameters.check(callers)
+    parameters.check(callers)
     changed = bool(report.sites) or report.raised > 0
     if not changed and options.rewrite and options.streams > 1 and _is_model(copy, modules, ctx):
         raise NoSiteError(_why_no_site(report), where=next((r.where for r in report.left_alone if r.where), None))

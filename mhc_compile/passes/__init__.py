@@ -3,9 +3,10 @@
 from mhc_compile.passes.base import Pass, PassContext, PassResult, Refusal, run_pass
 from mhc_compile.passes.find_sites import find_sites
 from mhc_compile.passes.fragment import check_fragment
+from mhc_compile.passes.raise_chains import raise_chains
 from mhc_compile.passes.widen import widen
 
-ORDER: tuple[Pass, ...] = (find_sites, check_fragment, widen)
+ORDER: tuple[Pass, ...] = (raise_chains, find_sites, check_fragment, widen)
 """THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds."""
 
 __all__ = ["ORDER", "Pass", "PassContext", "PassResult", "Refusal", "run_pass"]

@@ -18,7 +18,7 @@ import fnmatch
 import torch
 from torch import fx
 
-from mhc_compile import compat
+from mhc_compile import compat, ops
 from mhc_compile.capture.graph import meta_value, qualified_module, user_line
 from mhc_compile.capture.mutation import INPLACE_ADDS, op_name
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
@@ -39,6 +39,9 @@ class Trace:
 
 def find_sites(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """Fill ``ctx.chains``; ``changed`` is the number of sites in chains that can be widened."""
+    switched_off = _why_off(gm, ctx)
+    if switched_off:
+        return PassResult("find_sites", notes=[switched_off])
     finder = _Finder(gm, ctx)
     finder.walk()
     chains, refusals = assemble(list(finder.sites.values()), ctx)
@@ -49,6 +52,17 @@ def find_sites(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         f"chain {chain.index}: {len(chain.sites)} sites from {chain.sites[0].module or 'the root'}" for chain in chains
     ]
     return result
+
+
+def _why_off(gm: fx.GraphModule, ctx: PassContext) -> str:
+    """Why the plain adds of a graph are not looked at; empty if they are."""
+    if not ctx.options.rewrite:
+        return "switched off by option rewrite"
+    if ctx.options.streams == 1:
+        return "one stream is the model as it was"
+    if any(node.target is ops.post.overload for node in gm.graph.nodes):
+        return "the graph has hyper-connections already; they are kept as they are and nothing is widened beside them"
+    return ""
 
 
 class _Finder:

@@ -27,6 +27,8 @@ def raise_chains(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
 
     ``changed`` counts the raised ops, ``notes`` says which, ``refusals`` what was almost one and why it stays.
     """
+    if not ctx.options.raise_patterns:
+        return PassResult("raise_chains", notes=["switched off by option raise_patterns"])
     raiser = Raiser(gm, ctx)
     relink_writes(gm.graph)
     raiser.take(sinkhorn.find(gm.graph), raiser.facts())
