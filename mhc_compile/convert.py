@@ -66,7 +66,7 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
         options=options,
         modules=modules,
         parameters=parameters,
-        is_parameter=lambda node: node.name in modules.refs,
+        is_parameter=modules.is_parameter,
         break_reason=compat.break_reason(gm),
         resumed=compat.is_resume_frame(),
         inside=inside,

@@ -40,16 +40,21 @@ class ModuleMap:
         self._values: dict[str, Any] = {}
         self._names: dict[int, dict[int, str]] = {}
         self.refs: dict[str, ParameterRef] = {}
+        self.loose: set[str] = set()
+        """Placeholders of parameters that no module is known to own."""
         self.root_sources: dict[int, tuple[nn.Module, Any]] = {}
         """id(root) -> (root, the Dynamo source that evaluates to it): what the instance guard is made of."""
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             source = getattr(node, "_dynamo_source", None)
             value = example_inputs[position] if position < len(example_inputs) else None
+            if isinstance(value, nn.Parameter):
+                self.loose.add(node.name)
             if source is None or (value is not None and not isinstance(value, torch.Tensor)):
                 continue
             ref = self._resolve(source)
             if ref is not None:
                 self.refs[node.name] = ref
+                self.loose.discard(node.name)
 
     def _resolve(self, source: Any) -> ParameterRef | None:
         links = [source]
@@ -91,6 +96,10 @@ class ModuleMap:
             self._names[id(root)] = {id(child): name for name, child in root.named_modules()}
         name = self._names[id(root)].get(id(module))
         return None if name is None else tuple(part for part in name.split(".") if part)
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        """True for a placeholder that is a parameter or a buffer."""
+        return node.name in self.refs or node.name in self.loose
 
     @property
     def roots(self) -> list[nn.Module]:

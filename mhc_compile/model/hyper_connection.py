@@ -118,6 +118,35 @@ class HyperConnection(nn.Module):
             return torch.empty(len(text.encode()), dtype=torch.uint8, device="meta")
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The attributes are saved, not the buffer: an average over buffers (EMA) turns its bytes into nonsense."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]  # torch's own
+        destination[f"{prefix}settings"] = self._encode(self.settings.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Refuse parameters that were trained with other coefficients; how they started is taken over."""
+        key = f"{prefix}settings"
+        saved = state_dict.get(key)
+        if isinstance(saved, Tensor) and not saved.is_meta:
+            try:
+                other = HyperConnection.from_settings(saved, "meta")
+            except CheckpointError as error:
+                error_msgs.append(error.what)
+            else:
+                problem = self.disagreement(other.describe())
+                if problem:
+                    error_msgs.append(f"{prefix[:-1]} of the model was made with {problem} of the checkpoint")
+                else:
+                    self.position, self.init = other.position, other.init
+            self._buffers["settings"] = self._encode(self.settings.device)
+            state_dict[key] = self._encode(saved.device)  # torch passes a copy; the lengths of two starts may differ
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     @classmethod
     def from_settings(cls, settings: Tensor, device: torch.device | str | None = None) -> HyperConnection:
         """The module that a checkpoint's ``settings`` describe, with its own start as values.
@@ -145,6 +174,11 @@ class HyperConnection(nn.Module):
     def describe(self) -> dict[str, Any]:
         """What must agree for the parameters to be usable: attributes that change the numbers or the shapes."""
         return {"width": self.width, **dataclasses.asdict(self.spec)}
+
+    def disagreement(self, wanted: dict[str, Any]) -> str:
+        """``key=mine, not theirs`` for the first attribute that differs from another one's ``describe()``, or empty."""
+        have = self.describe()
+        return next((f"{k}={have.get(k)!r}, not the {v!r}" for k, v in wanted.items() if have.get(k) != v), "")
 
     def coefficients(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H_pre [..., n], H_post [..., n], H_res [..., n, n] (fp32) of streams [..., n, C]; size 0 for absent parts."""

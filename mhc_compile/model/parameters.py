@@ -47,6 +47,7 @@ class SiteParameters:
         """id(site) -> qualified name of its hyper-connection, for the report."""
         self._guarded: list[nn.Module] = []
         self._count: Counter[int] = Counter()
+        self._names: Counter[str] = Counter()
         placeholders = gm.graph.find_nodes(op="placeholder")
         self._last: fx.Node | None = placeholders[-1] if placeholders else None
         self._fake_mode = Builder(gm).fake_mode
@@ -101,8 +102,12 @@ class SiteParameters:
     def _placeholder(self, module: HyperConnection, key: str, qualified: str) -> fx.Node:
         graph = self.gm.graph
         point = graph.inserting_after(self._last) if self._last is not None else graph.inserting_before()
+        name = f"p_{qualified}_{key}".replace(".", "_")
+        self._names[name] += 1
+        if self._names[name] > 1:  # two roots with modules of one name
+            name = f"{name}_{self._names[name]}"
         with point:
-            node = graph.placeholder(f"p_{qualified}_{key}".replace(".", "_"))
+            node = graph.placeholder(name)
         parameter = module.get_parameter(key)
         compat.mark_static_parameter(node, parameter)
         if self._fake_mode is not None:
