@@ -38,7 +38,7 @@ def prepare(model: nn.Module, *example_inputs: Any, **options: Any) -> nn.Module
     Raises:
         MhcError: as the compiled model would raise; the model is unchanged then.
     """
-    _trace(unwrap(model), example_inputs, options, commit=True)
+    trace(unwrap(model), example_inputs, options, commit=True)
     return model
 
 
@@ -50,14 +50,15 @@ def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileRe
     """
     model = unwrap(model)
     try:
-        return _trace(model, example_inputs, options, commit=False).report
+        return trace(model, example_inputs, options, commit=False).report
     except MhcError as error:
         report = getattr(error, "report", None) or make_report(type(model).__name__, resolve(options, None))
         report.error = str(error)
         return report
 
 
-def _trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, commit: bool) -> Conversion:
+def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, commit: bool) -> Conversion:
+    """Convert the graph that Dynamo makes of a call; ``commit`` registers the parameters. Raises MhcError."""
     resolved = resolve(options or None, None)
     done = compat.capture_done()
     outcome: list[Conversion | MhcError] = []
@@ -74,7 +75,7 @@ def _trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, 
             outcome.append(as_error(error))
         raise done
 
-    args, kwargs = _split(model, inputs)
+    args, kwargs = split_inputs(model, inputs)
     compiled = torch.compile(model, backend=capture, fullgraph=True, dynamic=False)
     try:
         compiled(*args, **kwargs)
@@ -91,7 +92,7 @@ def _trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, 
     return result
 
 
-def _split(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+def split_inputs(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
     """A dictionary in the last place holds keyword arguments if forward knows their names."""
     if not inputs or not isinstance(inputs[-1], Mapping) or not all(isinstance(key, str) for key in inputs[-1]):
         return list(inputs), {}
