@@ -21,6 +21,7 @@ from torch import Tensor
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients import padded_rows
+from .coefficients_backward import phi_gradient
 from .launch import by_token, dot
 
 
@@ -31,24 +32,18 @@ def streams_backward_kernel(
     POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr, COEFFICIENTS: tl.constexpr,
     TWO: tl.constexpr,
 ) -> None:  # noqa: ANN001  # fmt: skip
-    """Program: BT tokens, BC channels, all streams. Everything is loaded before anything is stored."""
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    program = tl.program_id(0)
-    rows = ((program // BLOCKS).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
-    columns = ((program % BLOCKS) * BC + tl.arange(0, BC))[None, :]
+    """Program: BT tokens, all channels, all streams.
+
+    The element-wise terms are the accumulator that the dot product starts from: so every load of the loop belongs to a dot,
+    is prefetched through shared memory, and is read from there in the tensor core's own layout.
+    """
+    rows = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
     there = rows < tokens
-    mask = there & (columns < C)
-    state = rows * (N * C) + columns
-    if POST:
-        gs = ()
-        for o in tl.static_range(N):
-            gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)  # noqa: RUF005
-        if HAS_RES:
-            h = ()
-            for o in tl.static_range(N * N):
-                h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+    if POST and HAS_RES:
+        h = ()
+        for o in tl.static_range(N * N):
+            h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
     if PRE:
-        du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0)
         p = ()
         for i in tl.static_range(N):
             p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
@@ -58,32 +53,42 @@ def streams_backward_kernel(
         if TWO:
             low = tl.load(dm_ptr + rows * WIDTH + KP + ks[None, :], mask=there, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
-        known = (ks < K)[:, None] & (columns < C)
-    results = ()
-    for i in tl.static_range(N):
-        total = tl.zeros((BT, BC), dtype=tl.float32)
-        if COEFFICIENTS:
-            phi = tl.load(phi_ptr + ks[:, None] * (N * C) + i * C + columns, mask=known, other=0.0)
-            total = dot(dm, phi, total)
-            if TWO:
-                total = dot(low, phi, total)
-            total += multiple * tl.load(x_ptr + state + i * C, mask=mask, other=0.0).to(tl.float32)
+    for start in range(0, C, BC):
+        columns = (start + tl.arange(0, BC))[None, :]
+        mask = there & (columns < C)
+        state = rows * (N * C) + columns
         if POST:
-            if HAS_RES:
-                for o in tl.static_range(N):
-                    total += h[i * N + o if TRANSPOSE else o * N + i] * gs[o].to(tl.float32)
-            else:
-                total += gs[i].to(tl.float32)
+            gs = ()
+            for o in tl.static_range(N):
+                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0).to(tl.float32),)  # noqa: RUF005
         if PRE:
-            total += p[i] * du.to(tl.float32)
-        results = results + (total,)  # noqa: RUF005
-    for i in tl.static_range(N):
-        tl.store(out_ptr + state + i * C, results[i].to(out_ptr.dtype.element_ty), mask=mask)
+            du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0).to(tl.float32)
+        results = ()
+        for i in tl.static_range(N):
+            total = tl.zeros((BT, BC), dtype=tl.float32)
+            if POST:
+                if HAS_RES:
+                    for o in tl.static_range(N):
+                        total += h[i * N + o if TRANSPOSE else o * N + i] * gs[o]
+                else:
+                    total += gs[i]
+            if PRE:
+                total += p[i] * du
+            if COEFFICIENTS:
+                total += multiple * tl.load(x_ptr + state + i * C, mask=mask, other=0.0).to(tl.float32)
+                known = (ks < K)[:, None] & (columns < C)
+                phi = tl.load(phi_ptr + ks[:, None] * (N * C) + i * C + columns, mask=known, other=0.0)
+                total = dot(dm, phi, total)
+                if TWO:
+                    total = dot(low, phi, total)
+            results = results + (total,)  # noqa: RUF005
+        for i in tl.static_range(N):
+            tl.store(out_ptr + state + i * C, results[i].to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def streams_config(tokens: int, width: int) -> dict[str, int]:
-    """Tile: 16 tokens (the least the tensor core takes) by up to 128 channels."""
-    return {"BT": 16, "BC": max(16, min(128, int(triton.next_power_of_2(width)))), "num_warps": 4, "num_stages": 1}
+    """Tile: 16 tokens (the least the tensor core takes) by up to 64 channels."""
+    return {"BT": 16, "BC": max(16, min(64, int(triton.next_power_of_2(width)))), "num_warps": 4, "num_stages": 2}
 
 
 @torch.library.custom_op("mhc_kernel::streams_backward", mutates_args=())
@@ -110,7 +115,7 @@ def streams_backward(
         config = streams_config(tokens, width)
         rows = 1 if phi is None else phi.shape[0]
         padded = 16 if dm is None else padded_width(rows)
-        grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["BC"]),)
+        grid = (triton.cdiv(tokens, config["BT"]),)
         streams_backward_kernel[grid](
             x,
             x if grad is None else by_token(grad, 2),
@@ -163,18 +168,26 @@ def dm_operand(phi: Tensor, dm_dtype: torch.dtype) -> Tensor:
     return phi.to(dm_dtype)
 
 
-def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The arguments of `mhc::coefficients_backward` -> its results (traced into the graph)."""
+def coefficients_pieces(*args: Any) -> tuple[Tensor, ...]:
+    """The arguments of `mhc::coefficients_backward` -> (its six results, the first empty; then dm, phi in dm's dtype and
+    the multiple of vec(X), from which `streams_backward` makes the first). Traced into the graph."""
     from mhc_compile.ops.coefficients import split_backward_arguments
 
     grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
     dm, multiple, sums = logits_gradients(grads, x, bias, alphas, projection, spec, args[11:])
-    d_streams = x.new_empty(0)
+    parameters = parameter_gradients(dm, sums, x, phi, bias, alphas, spec, needs)
+    return (x.new_empty(0), *parameters, dm, dm_operand(phi, dm.dtype), multiple)
+
+
+def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The arguments of `mhc::coefficients_backward` -> its results (traced into the graph)."""
+    *results, dm, phi, multiple = coefficients_pieces(*args)
+    x, needs = args[3], args[10]
     if needs[0]:
-        d_streams = torch.ops.mhc_kernel.streams_backward.default(
-            x, None, None, False, None, None, dm, dm_operand(phi, dm.dtype), multiple
+        results[0] = torch.ops.mhc_kernel.streams_backward.default(
+            x, None, None, False, None, None, dm, phi, multiple
         )
-    return (d_streams, *parameter_gradients(dm, sums, x, phi, bias, alphas, spec, needs))
+    return tuple(results)
 
 
 def logits_gradients(
@@ -211,8 +224,6 @@ def parameter_gradients(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """(dphi, dbias, dalpha_pre, dalpha_post, dalpha_res); an unneeded one is empty."""
-    from .coefficients_backward import phi_gradient
-
     total = sums.sum(0)
     d_phi = phi_gradient(dm, flatten(x, 2), spec).to(phi.dtype) if needs[1] else phi.new_empty(0)
     d_bias = total[: spec.rows].to(bias.dtype) if needs[2] else bias.new_empty(0)

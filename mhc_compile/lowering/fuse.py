@@ -1,11 +1,167 @@
-"""Fusions over several semantic ops on a partitioned graph, each pattern, check, replace."""
+"""Fusions over several semantic ops on a partitioned graph, each pattern, check, replace.
+
+`merge_stream_gradients`: the gradient of a stream state arrives as a sum of what came through post, through pre and through
+the coefficients, each a tensor of n u, added pairwise. The sum becomes one call that reads 3 n + 1 u and writes n u; the
+three backward ops keep only their small results.
+"""
 
 from __future__ import annotations
 
-from torch import fx
+import operator
+from dataclasses import dataclass, field
+from typing import Any
 
-from .base import LoweringLog
+import torch
+from torch import Tensor, fx
+
+from . import kernels
+from .base import TARGETS, LoweringLog, arguments
+from .inline import inline, replace, trace
+
+_STATE_ARGUMENT = {"post_backward": "streams", "pre_backward": "streams", "coefficients_backward": "x"}
+_ADD = torch.ops.aten.add.Tensor
+
+
+@dataclass
+class StreamGradient:
+    """One sum to be merged: its last addition, the backward ops that feed it, and what else is added."""
+
+    root: fx.Node
+    state: fx.Node
+    sources: dict[str, fx.Node] = field(default_factory=dict)
+    """Name of the backward op -> its node."""
+    others: list[fx.Node] = field(default_factory=list)
+
+
+def _leaves(root: fx.Node) -> list[fx.Node]:
+    """The addends of a tree of additions; an inner sum that is used elsewhere counts as one addend."""
+    found: list[fx.Node] = []
+    stack = [node for node in reversed(root.args) if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if _is_sum(node) and len(node.users) == 1:
+            stack.extend(value for value in reversed(node.args) if isinstance(value, fx.Node))
+        else:
+            found.append(node)
+    return found
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """A plain addition of two tensors of one shape and dtype."""
+    if node.target is not _ADD or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return False
+    values = [node.meta["val"], *(arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node))]
+    if not all(isinstance(value, Tensor) for value in values):
+        return False
+    return all(value.shape == values[0].shape and value.dtype == values[0].dtype for value in values)
+
+
+def _source(leaf: fx.Node) -> tuple[str, fx.Node] | None:
+    """(name, node) where the leaf is the stream gradient, used once, of one of our backward ops."""
+    if leaf.target is not operator.getitem or leaf.args[1] != 0 or len(leaf.users) != 1:
+        return None
+    node = leaf.args[0]
+    if not isinstance(node, fx.Node) or TARGETS.get(node.target) not in _STATE_ARGUMENT:
+        return None
+    return TARGETS[node.target], node
+
+
+def find_stream_gradients(graph: fx.Graph) -> list[StreamGradient]:
+    """Sums of at least two of our stream gradients of one state, that kernels can compute. Changes nothing."""
+    found = []
+    for root in graph.nodes:
+        if not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
+            continue
+        merged: StreamGradient | None = None
+        for leaf in _leaves(root):
+            source = _source(leaf)
+            if source is None:
+                if merged is None:
+                    merged = StreamGradient(root, root)
+                merged.others.append(leaf)
+                continue
+            name, node = source
+            named = arguments(node)
+            state = named[_STATE_ARGUMENT[name]]
+            if merged is None or (not merged.sources and merged.state is root):
+                merged = StreamGradient(root, state, others=merged.others if merged is not None else [])
+            if name in merged.sources or state is not merged.state or kernels.refusal(name, named):
+                merged.others.append(leaf)
+            else:
+                merged.sources[name] = node
+        if merged is not None and len(merged.sources) >= 2:
+            found.append(merged)
+    return found
+
+
+def _without_stream_gradient(node: fx.Node) -> None:
+    """Tell a backward op that nobody wants its first result any more."""
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
+    named = arguments(node)
+    needs = [False, *named["needs"][1:]]
+    node.args = tuple(needs if name == "needs" else named[name] for name in schema)
+    node.kwargs = {}
+
+
+def _split_coefficients(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Replace a coefficients_backward by its pieces; returns the nodes (dm, phi operand, multiple)."""
+    from . import boundary
+
+    args = list(arguments(node).values())
+    positions = [index for index, value in enumerate(args) if isinstance(value, fx.Node)]
+
+    def pieces(*values: Any) -> tuple[Tensor, ...]:
+        filled = list(args)
+        for index, value in zip(positions, values, strict=True):
+            filled[index] = value
+        return boundary.coefficients_pieces(*filled)
+
+    nodes = [args[index] for index in positions]
+    outputs = inline(node.graph, node, trace(pieces, nodes), nodes)
+    replace(node, list(outputs[:6]))
+    return outputs[6], outputs[7], outputs[8]
+
+
+def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
+    """Replace every sum found by one `mhc_kernel::streams_backward`; returns how many."""
+    merged = find_stream_gradients(graph)
+    for item in merged:
+        grad = h_res = du = h_pre = dm = phi = multiple = None
+        transpose = False
+        if "post_backward" in item.sources:
+            node = item.sources["post_backward"]
+            named = arguments(node)
+            grad, h_res, transpose = named["grad"], named["h_res"], named["transpose"]
+            _without_stream_gradient(node)
+        if "pre_backward" in item.sources:
+            node = item.sources["pre_backward"]
+            named = arguments(node)
+            du, h_pre = named["grad"], named["h_pre"]
+            _without_stream_gradient(node)
+        if "coefficients_backward" in item.sources:
+            node = item.sources["coefficients_backward"]
+            _without_stream_gradient(node)
+            dm, phi, multiple = _split_coefficients(node)
+            log.record("coefficients_backward", "triton")
+        with graph.inserting_before(item.root):
+            total = graph.call_function(
+                torch.ops.mhc_kernel.streams_backward.default,
+                (item.state, grad, h_res, transpose, du, h_pre, dm, phi, multiple),
+            )
+            total.meta.update(val=item.root.meta["val"])
+            for other in item.others:
+                value = item.root.meta["val"]
+                total = graph.call_function(_ADD, (total, other))
+                total.meta.update(val=value)
+        item.root.replace_all_uses_with(total)
+        log.record("streams gradient", "fused", " + ".join(sorted(item.sources)))
+    graph.eliminate_dead_code()
+    return len(merged)
 
 
 def run(graph: fx.Graph, log: LoweringLog) -> None:
     """All fusions, in order."""
+    if any(TARGETS.get(node.target) in _STATE_ARGUMENT for node in graph.nodes):
+        from . import boundary  # noqa: F401  # registers the kernel ops
+
+        merge_stream_gradients(graph, log)
