@@ -194,6 +194,14 @@ def statically_equal(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def size_hint(size: Any) -> int:
+    """The number behind a size: itself, or the one the symbol stood for while tracing (no guard); 1 if none is known."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint if size.node.has_hint() else None
+    return int(hint) if isinstance(hint, int) else 1
+
+
 def accepts(function: Any, name: str) -> bool:
     """True if a function takes a keyword of that name."""
     return name in inspect.signature(function).parameters
