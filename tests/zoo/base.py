@@ -1,8 +1,8 @@
 """What an entry of the zoo is, and the few helpers that make every model of it small, random, deterministic and alive.
 
 An entry builds a tiny model (hidden size 64, two or three layers, float32, CPU, nothing downloaded) together with one
-batch of inputs and a scalar loss. The number of residual sites is a *rule* on the built model (layers x sublayers), never
-a number read off a run of the code under test.
+batch of inputs and a scalar loss. The number of residual sites is a *rule* on the built model (layers x sublayers),
+never a number read off a run of the code under test.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def silence(model: nn.Module) -> None:
 def enliven(model: nn.Module, seed: int) -> None:
     """Add noise (std 0.05) to vectors and scalars and fill all-zero matrices (std 0.02).
 
-    Zero gates (adaLN-zero, ReZero, layer scale), zero biases and unit norms would hide a wrong rewrite: the branch would
-    add nothing, or a norm applied to the wrong tensor would not show.
+    Zero gates (adaLN-zero, ReZero, layer scale), zero biases and unit norms would hide a wrong rewrite: the branch
+    would add nothing, or a norm applied to the wrong tensor would not show.
     """
     generator = seeded(seed, "enliven")
     with torch.no_grad():
