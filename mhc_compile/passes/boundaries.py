@@ -1,0 +1,264 @@
+"""Which stream states are kept for the backward: an exact choice over a chain of sites, as pure functions over data.
+
+A plan keeps the states X_l of some sites (the *boundaries*); the sites from one boundary to the next are a *block*.
+When a block's backward starts, its other states are replayed from the boundary, the kept branch outputs and the kept
+coefficients. The branch input u_l (and the branch's norm) is kept or replayed site by site. While site l of the block
+that starts at a runs backward, this is live (`evaluate`, the definition that everything here is tested against):
+
+    live_l  +  sum of kept states up to a  +  sum of kept inputs before l  +  states a+1 .. l of the block  +  u_l
+
+and between forward and backward: ``head`` + everything kept. The peak is the largest of these; the time is the sum over
+what is replayed, each state and input once.
+
+The start is the closed form for equal sites, L_r = sqrt(L kept / replayed), the paper's sqrt(n L / (n + 2)) for states
+of n C and n + 2 units of C a site in the block (`closed_form`). From there dynamic programming over the sites, with the
+last boundary as its state and the undominated pairs (kept bytes, seconds) as values (`_sweep`), gives the fastest plan
+under a limit of the peak; bisection over the limit gives the least peak (`least_peak`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_POINTS = 100_000
+"""Points that one sweep looks at, a bound of its time: with 16 sites that is more than there are, from some 50 uneven
+sites on the fronts are thinned (the least peak stays exact, its fastest plan no longer is)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: bytes and seconds of what a plan may keep or replay."""
+
+    state: int
+    """Bytes of X_l while it is live."""
+    branch_input: int
+    """Bytes of what the branch reads and a replay gives back: u_l, and its norm where that is replayed with it."""
+    live: int
+    """Bytes live while this site runs backward, whatever the plan (coefficients, branch outputs, weights, ...)."""
+    state_seconds: float
+    """Time to replay X_l from X_{l-1} (for the first site: from what it is expanded from)."""
+    input_seconds: float
+    """Time to replay the branch input from X_l."""
+    source: int | None = None
+    """Bytes that keeping X_l costs where it is rebuilt from something smaller (the value that is expanded)."""
+    pinned: bool = False
+    """True where X_l has to be kept: it cannot be replayed from the state before it."""
+
+    @property
+    def cost(self) -> int:
+        """Bytes that keeping X_l takes."""
+        return self.state if self.source is None else self.source
+
+    @property
+    def rebuilt(self) -> int:
+        """Bytes of X_l next to its smaller source, 0 where X_l itself is kept."""
+        return 0 if self.source is None else self.state
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The sites of one stream, first to last."""
+
+    sites: tuple[Site, ...]
+    head: int = 0
+    """Bytes live between forward and backward, whatever the plan."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept, and what that comes to."""
+
+    kept: tuple[int, ...]
+    """Sites whose X_l is kept, ascending; the first site always is."""
+    inputs: tuple[int, ...]
+    """Sites whose branch input is kept."""
+    peak: int
+    kept_bytes: int
+    seconds: float
+    """Time of the replay."""
+
+
+def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> Plan:
+    """Peak, kept bytes and seconds of a plan; the first site and the pinned ones are kept anyway."""
+    pinned = {index for index, site in enumerate(chain.sites) if site.pinned}
+    boundaries, whole = {0} | pinned | set(kept), set(inputs)
+    total, block, peak, seconds = 0, 0, 0, 0.0
+    for index, site in enumerate(chain.sites):
+        if index in boundaries:
+            total, block = total + site.cost, site.rebuilt
+            seconds += site.state_seconds if site.source is not None else 0.0
+        else:
+            block += site.state
+            seconds += site.state_seconds
+        peak = max(peak, site.live + total + block + site.branch_input)
+        if index in whole:
+            total += site.branch_input
+        else:
+            seconds += site.input_seconds
+    peak = max(peak, chain.head + total)
+    return Plan(tuple(sorted(boundaries)), tuple(sorted(whole)), peak, total, seconds)
+
+
+def keep_all(chain: Chain) -> Plan:
+    """What happens without recompute: every state and every branch input is kept, the expanded state itself too."""
+    sites = tuple(Site(s.state, s.branch_input, s.live, s.state_seconds, s.input_seconds) for s in chain.sites)
+    every = range(len(sites))
+    return evaluate(Chain(sites, chain.head), every, every)
+
+
+def closed_form(sites: int, kept: float, replayed: float) -> int:
+    """Block length that minimises ``sites / L_r * kept + L_r * replayed``, at least 1.
+
+    With a state of n units kept a block and n + 2 live a replayed site this is sqrt(n L / (n + 2)).
+    """
+    if sites < 1 or replayed <= 0:
+        return max(sites, 1)
+    return min(max(round(math.sqrt(sites * kept / replayed)), 1), sites)
+
+
+def equal_blocks(chain: Chain) -> Plan:
+    """The closed form applied to a chain: blocks of one length, every input replayed."""
+    count = len(chain.sites)
+    kept = sum(site.cost for site in chain.sites) / count
+    replayed = sum(site.state for site in chain.sites) / count
+    return evaluate(chain, range(0, count, closed_form(count, kept, replayed)))
+
+
+# ------------------------------------------------------------------------------------------------ the exact choice
+_Trail = tuple[Any, int, str] | None
+"""What is kept, last first: (what came before it, site, "state" or "input")."""
+_Point = tuple[int, float, _Trail]
+"""(kept bytes, seconds, decisions)."""
+
+
+def fastest(chain: Chain, peak: float = math.inf, kept: float = math.inf) -> Plan | None:
+    """The plan with the least replay time whose peak and kept bytes stay within the limits; None if there is none.
+
+    Among plans of equal time the one that keeps fewer bytes.
+    """
+    ends = _sweep(chain, peak, kept, replay_inputs=False)
+    if not ends:
+        return None
+    return _plan(chain, min(ends, key=lambda point: (point[1], point[0])))
+
+
+def least_peak(chain: Chain, kept: float = math.inf) -> Plan | None:
+    """The plan with the least peak, and among those the fastest; None if the pinned states exceed `kept`."""
+    start = equal_blocks(chain)
+    if start.kept_bytes > kept:
+        start = evaluate(chain, ())
+        if start.kept_bytes > kept:
+            return None
+    low, high = max(chain.head, max(site.live + site.branch_input for site in chain.sites)), start.peak
+    while low < high:
+        middle = (low + high) // 2
+        if _sweep(chain, middle, kept, replay_inputs=True):
+            high = middle
+        else:
+            low = middle + 1
+    return fastest(chain, high, kept)
+
+
+def fastest_within(chain: Chain, kept: int) -> Plan | None:
+    """The fastest plan that keeps at most `kept` bytes, and among those one with nearly (0.1 %) the least peak.
+
+    None if not even the fewest bytes fit.
+    """
+    best = fastest(chain, kept=kept)
+    if best is None:
+        return None
+    low, high = 0, best.peak
+    while high - low > max(best.peak // 1000, 1):
+        middle = (low + high) // 2
+        other = fastest(chain, middle, kept)
+        if other is not None and other.seconds <= best.seconds * (1 + 1e-9):
+            best, high = other, other.peak
+        else:
+            low = middle
+    return best
+
+
+def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> list[_Point]:
+    """All undominated (kept bytes, seconds) of the plans within the limits.
+
+    ``replay_inputs`` looks at the fewest bytes alone: enough to know whether a plan exists.
+    """
+    prune: Callable[[list[_Point], int], list[_Point]] = _fewest if replay_inputs else _undominated
+    first = chain.sites[0]
+    seconds = first.state_seconds if first.source is not None else 0.0
+    fronts: dict[int, tuple[int, list[_Point]]] = {0: (first.rebuilt, [(first.cost, seconds, None)])}
+    for index, site in enumerate(chain.sites):
+        cap = max(_POINTS // len(chain.sites) // (len(fronts) + 1), 4)
+        after: dict[int, tuple[int, list[_Point]]] = {}
+        for boundary, (block, points) in fronts.items():
+            limit = min(peak - site.live - block - site.branch_input, kept)
+            alive = [point for point in points if point[0] <= limit]
+            if not alive:
+                continue
+            choices: list[_Point] = [(k, t + site.input_seconds, trail) for k, t, trail in alive]
+            if not replay_inputs:
+                more = ((k + site.branch_input, t, (trail, index, "input")) for k, t, trail in alive)
+                choices += [point for point in more if point[0] <= kept]
+            after[boundary] = block, prune(choices, cap)
+        last = index + 1 == len(chain.sites)
+        fronts = after if last else _step(after, chain.sites[index + 1], index + 1, prune, cap)
+        if not fronts:
+            return []
+    limit = min(peak - chain.head, kept)
+    ends = [point for _, points in fronts.values() for point in points if point[0] <= limit]
+    return prune(ends, len(ends) + 1)
+
+
+def _step(
+    fronts: dict[int, tuple[int, list[_Point]]],
+    site: Site,
+    index: int,
+    prune: Callable[[list[_Point], int], list[_Point]],
+    cap: int,
+) -> dict[int, tuple[int, list[_Point]]]:
+    """From one site to the next: its state is kept (a new boundary) or replayed (the block goes on)."""
+    after: dict[int, tuple[int, list[_Point]]] = {}
+    keep: list[_Point] = []
+    rebuild = site.state_seconds if site.source is not None else 0.0
+    for boundary, (block, points) in fronts.items():
+        if not site.pinned:
+            longer: list[_Point] = [(k, t + site.state_seconds, trail) for k, t, trail in points]
+            after[boundary] = block + site.state, longer
+        keep += [(k + site.cost, t + rebuild, (trail, index, "state")) for k, t, trail in points]
+    after[index] = site.rebuilt, prune(keep, cap)
+    return after
+
+
+def _plan(chain: Chain, point: _Point) -> Plan:
+    decided: dict[str, list[int]] = {"state": [], "input": []}
+    trail = point[2]
+    while trail is not None:
+        trail, index, what = trail
+        decided[what].append(index)
+    return evaluate(chain, decided["state"], decided["input"])
+
+
+def _fewest(points: list[_Point], cap: int) -> list[_Point]:
+    return [min(points, key=lambda point: point[0])] if points else []
+
+
+def _undominated(points: list[_Point], cap: int) -> list[_Point]:
+    """Points that no other beats in both bytes and seconds, by bytes; thinned evenly to `cap`."""
+    points.sort(key=lambda point: (point[0], point[1]))
+    front: list[_Point] = []
+    best = math.inf
+    for point in points:
+        if point[1] < best:
+            best = point[1]
+            front.append(point)
+    return _thinned(front, cap)
+
+
+def _thinned(front: Sequence[_Point], cap: int) -> list[_Point]:
+    if len(front) <= cap:
+        return list(front)
+    last = len(front) - 1
+    return [front[round(step * last / (cap - 1))] for step in range(cap)]

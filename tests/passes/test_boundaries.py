@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhc_compile.passes.boundaries import (
+    Chain,
+    Plan,
+    Site,
+    closed_form,
+    equal_blocks,
+    evaluate,
+    fastest,
+    fastest_within,
+    keep_all,
+    least_peak,
+)
+
+
+def equal(count: int, n: int = 4, unit: int = 100, branch: int = 300) -> Chain:
+    """Equal sites: what the branches save shrinks as the backward goes down."""
+    sites = [
+        Site(n * unit, unit, live=branch * (index + 1), state_seconds=9e-6, input_seconds=5e-6)
+        for index in range(count)
+    ]
+    first = Site(n * unit, unit, branch, 5e-6, 5e-6, source=unit)
+    return Chain((first, *sites[1:]), head=branch * count)
+
+
+small = st.integers(0, 1000)
+
+
+@st.composite
+def chains(draw: st.DrawFn, most: int, inputs: bool) -> Chain:
+    count = draw(st.integers(1, most))
+    sites = []
+    for index in range(count):
+        seconds = draw(st.integers(1, 50))
+        source = draw(st.one_of(st.none(), small)) if index == 0 else None
+        sites.append(
+            Site(
+                state=draw(st.integers(1, 1000)),
+                branch_input=draw(small) if inputs else 0,
+                live=draw(st.integers(0, 5000)),
+                state_seconds=float(seconds),
+                input_seconds=float(draw(st.integers(1, 50))) if inputs else 0.0,
+                source=source,
+                pinned=draw(st.integers(0, 9)) == 0,
+            )
+        )
+    return Chain(tuple(sites), draw(st.integers(0, 8000)))
+
+
+def brute(chain: Chain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(peak, kept bytes, seconds) of every choice of boundaries, inputs replayed: `evaluate`, for all at once."""
+    count = len(chain.sites)
+    masks = np.arange(2**count)
+    total, block = np.zeros(len(masks), int), np.zeros(len(masks), int)
+    peak, seconds = np.zeros(len(masks), int), np.zeros(len(masks))
+    legal = np.ones(len(masks), bool)
+    for index, site in enumerate(chain.sites):
+        kept = (masks >> index & 1).astype(bool)
+        if index == 0 or site.pinned:
+            legal &= kept
+        total = total + np.where(kept, site.cost, 0)
+        block = np.where(kept, site.rebuilt, block + site.state)
+        seconds += np.where(kept & (site.source is None), 0.0, site.state_seconds) + site.input_seconds
+        peak = np.maximum(peak, site.live + total + block + site.branch_input)
+    peak = np.maximum(peak, chain.head + total)
+    return peak[legal], total[legal], seconds[legal]
+
+
+def brute_with_inputs(chain: Chain) -> list[Plan]:
+    count = len(chain.sites)
+    subsets = [c for size in range(count + 1) for c in itertools.combinations(range(count), size)]
+    return [evaluate(chain, kept, inputs) for kept in subsets if 0 not in kept for inputs in subsets]
+
+
+@given(chains(16, inputs=False))
+@settings(max_examples=60, deadline=None)
+def test_least_peak_is_that_of_brute_force(chain: Chain) -> None:
+    peak, _, seconds = brute(chain)
+    plan = least_peak(chain)
+    assert plan is not None
+    assert plan.peak == peak.min()
+    assert plan.seconds <= 1.01 * seconds[peak == peak.min()].min()
+
+
+@given(chains(16, inputs=False), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_fastest_within_a_peak_is_that_of_brute_force(chain: Chain, share: float) -> None:
+    peak, _, seconds = brute(chain)
+    limit = peak.min() + share * (peak.max() - peak.min())
+    plan = fastest(chain, limit)
+    assert plan is not None
+    assert plan.peak <= limit
+    assert plan.seconds <= 1.01 * seconds[peak <= limit].min()
+    assert fastest(chain, peak.min() - 1) is None
+
+
+@given(chains(12, inputs=False), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_fastest_within_kept_bytes_is_that_of_brute_force(chain: Chain, share: float) -> None:
+    peak, kept, seconds = brute(chain)
+    limit = int(kept.min() + share * (kept.max() - kept.min()))
+    plan = fastest_within(chain, limit)
+    assert plan is not None
+    assert plan.kept_bytes <= limit
+    best = seconds[kept <= limit].min()
+    assert plan.seconds <= 1.01 * best
+    assert plan.peak <= 1.01 * peak[(kept <= limit) & (seconds <= best + 1e-9)].min() + 1
+    assert fastest_within(chain, int(kept.min()) - 1) is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sixteen_uneven_sites(seed: int) -> None:
+    rng = random.Random(seed)
+    sites = [Site(rng.randrange(1, 10**6), 0, rng.randrange(10**6), rng.random(), 0.0) for _ in range(16)]
+    chain = Chain(tuple(sites), head=rng.randrange(10**7))
+    peak, kept, seconds = brute(chain)
+    plan = least_peak(chain)
+    assert plan is not None
+    assert plan.peak == peak.min()
+    for share in (0.01, 0.1, 0.3, 0.7):
+        limit = int(peak.min() + share * (peak.max() - peak.min()))
+        quick = fastest(chain, limit)
+        assert quick is not None
+        assert quick.seconds <= 1.01 * seconds[peak <= limit].min()
+        small_kept = fastest_within(chain, int(kept.min() + share * (kept.max() - kept.min())))
+        assert small_kept is not None
+        assert small_kept.seconds <= 1.01 * seconds[kept <= kept.min() + share * (kept.max() - kept.min())].min()
+
+
+@given(chains(5, inputs=True), st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_inputs_are_chosen_site_by_site(chain: Chain, share: float) -> None:
+    plans = brute_with_inputs(chain)
+    least = min(plan.peak for plan in plans)
+    plan = least_peak(chain)
+    assert plan is not None
+    assert plan.peak == least
+    limit = least + share * (max(plan.peak for plan in plans) - least)
+    quick = fastest(chain, limit)
+    assert quick is not None
+    assert quick.seconds <= 1.01 * min(plan.seconds for plan in plans if plan.peak <= limit)
+
+
+def test_the_paper_s_closed_form() -> None:
+    """sqrt(n L / (n + 2)): 6.9 sites a block for 36 layers of two sites."""
+    n, layers = 4, 72
+    assert closed_form(layers, n, n + 2) == round(math.sqrt(n * layers / (n + 2))) == 7
+    assert closed_form(1, 4, 6) == 1
+    assert closed_form(4, 1e9, 1) == 4
+    assert closed_form(5, 1, 0) == 5
+
+
+def test_equal_sites_with_nothing_else_live_give_blocks_near_the_closed_form() -> None:
+    chain = Chain(tuple(Site(400, 100, 0, 9e-6, 5e-6) for _ in range(72)))
+    plan, start = least_peak(chain), equal_blocks(chain)
+    assert plan is not None
+    assert plan.peak <= start.peak
+    assert plan.peak >= 0.7 * start.peak  # blocks that shrink towards the end beat equal ones, by this much at most
+    lengths = np.diff([*plan.kept, 72])
+    assert lengths[0] >= lengths[-1]
+
+
+def test_a_model_whose_branches_save_much_needs_few_states() -> None:
+    """Where the head dominates, the blocks may be long: only what is kept counts at the peak."""
+    plan = least_peak(equal(72, branch=1000))
+    everything = keep_all(equal(72, branch=1000))
+    assert plan is not None
+    assert len(plan.kept) <= 6
+    assert plan.kept_bytes < 0.1 * everything.kept_bytes
+
+
+def test_keep_all_keeps_the_expanded_state_itself() -> None:
+    chain = equal(3)
+    plan = keep_all(chain)
+    assert plan.kept == plan.inputs == (0, 1, 2)
+    assert plan.kept_bytes == 3 * 400 + 3 * 100
+    assert plan.seconds == 0.0
+
+
+def test_pinned_states_are_kept() -> None:
+    sites = [Site(100, 10, 0, 1.0, 1.0, pinned=index == 2) for index in range(4)]
+    plan = least_peak(Chain(tuple(sites)))
+    assert plan is not None
+    assert 2 in plan.kept
+    assert evaluate(Chain(tuple(sites)), ()).kept == (0, 2)
+
+
+def test_one_site() -> None:
+    plan = least_peak(Chain((Site(10, 1, 5, 1.0, 1.0),), head=3))
+    assert plan is not None
+    assert (plan.kept, plan.inputs, plan.peak, plan.seconds) == ((0,), (0,), 16, 0.0)  # its input costs no peak
+
+
+@pytest.mark.parametrize("count", [72, 200])
+def test_long_chains_take_little_time(count: int) -> None:
+    rng = random.Random(0)
+    chain = equal(count)
+    uneven = Chain(
+        tuple(
+            Site(s.state, s.branch_input, s.live + rng.randrange(900), s.state_seconds, s.input_seconds, s.source)
+            for s in chain.sites
+        ),
+        chain.head,
+    )
+    start = time.perf_counter()
+    for each in (chain, uneven):
+        plan = least_peak(each)
+        assert plan is not None
+        assert plan.peak <= equal_blocks(each).peak
+    assert time.perf_counter() - start < 30
