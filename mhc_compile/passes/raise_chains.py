@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from mhc_compile.capture import Builder, qualified_module, user_line
+from mhc_compile.compat import source_name
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.patterns import coefficients, collapse, mix, reading, sinkhorn
 from mhc_compile.patterns.base import Candidate, Refused, Unarrangeable
@@ -57,7 +58,10 @@ class Raiser:
         return GraphFacts(self.gm.graph, self._is_parameter)
 
     def _is_parameter(self, node: fx.Node) -> bool:
-        return self.ctx.is_parameter(node) or isinstance(reading.value(node), torch.nn.Parameter)
+        if self.ctx.is_parameter(node) or isinstance(reading.value(node), torch.nn.Parameter):
+            return True
+        source = getattr(node, "_dynamo_source", None)
+        return source is not None and "._buffers[" in source_name(source)
 
     def take(self, found: Iterable[Candidate | Refused], facts: GraphFacts) -> None:
         """Check all candidates on the graph as it is, then let those that pass take over, in the order of the graph."""

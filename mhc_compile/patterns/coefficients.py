@@ -186,7 +186,7 @@ def _read_projection(node: fx.Node, a: fx.Node, b: fx.Node, part: Part, streams:
     """The contraction of the streams with phi."""
     source, phi = (a, b) if strip(b) in streams.static or b in streams.static else (b, a)
     if phi not in streams.static and strip(phi) not in streams.static:
-        raise Refused(WHAT, f"the {part.role} projection has no constant weight", node)
+        raise Refused(WHAT, f"{part.role} comes from `{describe(node)}`, which is no projection of the streams", node)
     result = streams.axes.dims(node)
     try:
         norm = read_normalised(source, streams)
@@ -202,7 +202,7 @@ def _read_projection(node: fx.Node, a: fx.Node, b: fx.Node, part: Part, streams:
     atoms = set(streams.axes.atoms(source)) & set(streams.axes.atoms(part.phi))
     whole = {*streams.axes.resolve((streams.stream,)), *streams.axes.resolve((streams.channel,))}
     if atoms != whole:
-        raise Refused(WHAT, "the projection does not take all streams of a token at once", node)
+        raise Refused(WHAT, f"{part.role} comes from `{describe(node)}`, which is no projection of the streams", node)
     own = [atom for atom in flat(result) if atom in streams.axes.atoms(part.phi)]
     part.total = math.prod(streams.axes.size(atom) for atom in own)
     part.axis = part.axis or tuple(own)

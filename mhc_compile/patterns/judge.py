@@ -9,6 +9,7 @@ size takes milliseconds. Equal regions of equal shapes are judged once.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ LARGE = 1 << 16
 """Elements of an input above which its token axes are shrunk."""
 TOKENS = (2, 3, 2, 2, 2)
 """Sizes that stand in for the token axes."""
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 _SIZED = frozenset(
     ["view", "reshape", "expand", "unflatten", "broadcast_to", "new_zeros", "new_ones", "new_full", "repeat"]
 )
@@ -130,9 +137,6 @@ def _random_inputs(inputs: Sequence[fx.Node], small: _Sizes, seed: int) -> dict[
 def _replay(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], small: _Sizes) -> dict[fx.Node, Any]:
     """Run nodes on float64 values; casts pass their argument on."""
     env = dict(values)
-    writes = any(op is not None and op.inplace for op in map(reading.read, nodes))
-    if writes:  # autograd refuses to write into a leaf
-        env = {node: v.clone() if isinstance(v, Tensor) else v for node, v in values.items()}
     for node in nodes:
         op = reading.read(node)
         if op is not None and op.kind == "cast":
@@ -145,11 +149,13 @@ def _replay(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], small: _Sizes)
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if name in _SIZED and small.sizes:
             args = _resize(args, small)
-        if node.op == "call_method":
-            env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = node.target
+        if op is not None and op.inplace:  # nobody else sees the buffer, or the region would not have come here
+            target = _OUT_OF_PLACE.get(target, str(target).removesuffix("_"))
+        if isinstance(target, str):
+            env[node] = getattr(args[0], target)(*args[1:], **kwargs)
         else:
-            assert callable(node.target)
-            env[node] = node.target(*args, **kwargs)
+            env[node] = target(*args, **kwargs)
         if isinstance(env[node], Tensor) and env[node].dtype in (torch.float32, torch.bfloat16, torch.float16):
             env[node] = env[node].double()
     return env
@@ -185,7 +191,7 @@ def _compare(expected: list[Any], actual: list[Any], inputs: list[Any], seed: in
 
 
 def _scale(tensor: Tensor) -> float:
-    finite = tensor[torch.isfinite(tensor)]
+    finite = tensor.detach()[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 1.0
 
 

@@ -20,7 +20,7 @@ from torch import fx
 
 from mhc_compile import ops
 from mhc_compile.patterns import reading
-from mhc_compile.patterns.axes import Axes, Dim, Dims, flat, without
+from mhc_compile.patterns.axes import Axes, Dim, Dims, expression, flat, without
 from mhc_compile.patterns.base import MAX_STREAMS, Candidate, Editor, Refused, arrange, in_dtype
 from mhc_compile.patterns.reading import read, strip
 from mhc_compile.patterns.region import GraphFacts
@@ -85,8 +85,19 @@ def pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return op.nodes[0], op.nodes[1]
 
 
-def _gate(node: fx.Node) -> fx.Node:
-    return strip(node, expand=True)
+def leaf(node: fx.Node) -> fx.Node:
+    """The node under what moves or broadcasts axes but does not cut or merge them: a gate keeps its own axes."""
+    while True:
+        op = read(node)
+        if op is None or not (reading.is_plumbing(node, op) or op.kind == "expand"):
+            return node
+        if op.kind == "reshape" and _longer_than_one(node) != _longer_than_one(op.args[0]):
+            return node
+        node = op.args[0]
+
+
+def _longer_than_one(node: fx.Node) -> list[object]:
+    return [size for size in map(expression, reading.shape(node)) if size != 1]
 
 
 def _distinct(axes: Axes, nodes: Sequence[fx.Node]) -> bool:
@@ -128,9 +139,7 @@ def read_post(node: fx.Node, facts: GraphFacts, states: Sequence[fx.Node]) -> Po
         for gate, y in (factors, factors[::-1]):
             mixed = pair(carried)
             for matrix, x in (*((mixed, mixed[::-1]) if mixed else ()), (None, carried)):
-                found = _try_post(
-                    node, strip(x), _gate(y), _gate(gate), None if matrix is None else _gate(matrix), facts
-                )
+                found = _try_post(node, strip(x), leaf(y), leaf(gate), None if matrix is None else leaf(matrix), facts)
                 if found is not None and _is_site(found, facts, states):
                     return found
     return None
@@ -146,11 +155,11 @@ def _try_post(
     node: fx.Node, x: fx.Node, y: fx.Node, gate: fx.Node, matrix: fx.Node | None, facts: GraphFacts
 ) -> Post | None:
     leaves = [x, y, gate] if matrix is None else [x, y, gate, matrix]
-    if len(set(leaves)) != len(leaves) or not all(reading.dtype(leaf).is_floating_point for leaf in leaves):
+    if len(set(leaves)) != len(leaves) or not all(reading.dtype(own).is_floating_point for own in leaves):
         return None
     axes = Axes()
-    for leaf in leaves:
-        axes.pin(leaf)
+    for own in leaves:
+        axes.pin(own)
     out = flat(axes.dims(node))
     if not _distinct(axes, leaves) or len(set(out)) != len(out):
         return None
@@ -260,9 +269,9 @@ def read_pre(node: fx.Node, states: dict[fx.Node, State], facts: GraphFacts) -> 
     for streams, other in (factors, factors[::-1]) if factors else ():
         state = states.get(strip(streams))
         if state is not None:
-            found = _try_pre(node, state, strip(streams), _gate(other), facts, list(states))
+            found = _try_pre(node, state, strip(streams), leaf(other), facts, list(states))
             if found is not None:
-                state.gates.setdefault(_gate(other), "pre")
+                state.gates.setdefault(leaf(other), "pre")
                 return found
     return None
 

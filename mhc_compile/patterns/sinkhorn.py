@@ -99,6 +99,8 @@ def _read_divisor(node: fx.Node, source: fx.Node) -> tuple[fx.Node, float, str] 
     summed = op is not None and (op.kind == "sum" or _is_sum(op) or (op.kind == "norm" and op.number == 1))
     if op is None or not summed or strip(op.args[0]) is not strip(source):
         return None
+    while (outer := read(node)) is not None and outer.kind in ("expand", "same"):
+        node = outer.args[0]  # an explicit broadcast is aligned as an implicit one would be
     return node, eps, mode
 
 
@@ -185,6 +187,7 @@ def read_chain(end: fx.Node) -> Reading | None:
     steps, first = _walk(op.args[0] if log and op is not None else end)
     if not steps or steps[-1].log != log:
         return None
+    _refuse_rounding(strip(first), steps)
     start = Start("log", first) if log else _read_start(first)
     count = len(steps) + (start is not None and start.positivity == "softmax")
     if count < FEWEST:
@@ -201,6 +204,13 @@ def read_chain(end: fx.Node) -> Reading | None:
         axes.pin(step.node, axes.dims(step.source))
     found = _specify(axes, steps, start, [axes.resolve((a,))[0] for a in normalised])
     return None if found is None else Reading(found[0], start.logits, end, axes, found[1])
+
+
+def _refuse_rounding(first: fx.Node, steps: Sequence[Step]) -> None:
+    """A cast that loses digits between two steps is part of what the chain computes, and no attribute of the op."""
+    op = read(first)
+    if op is not None and op.kind == "cast" and read_step(strip(op.args[0])) is not None:
+        raise Refused(WHAT, f"the matrix is rounded to {reading.dtype(first)} between two steps", steps[0].node)
 
 
 def _specify(
