@@ -42,7 +42,7 @@ def _message(what: str, where: str | None, cure: str | None) -> str:
     return "\n".join(lines)
 
 
-class _Told:
+class _Told(Exception):
     """What an error and a warning have in common: the three parts, kept apart for the report and for tests."""
 
     default_cure: ClassVar[str | None] = None
@@ -50,6 +50,8 @@ class _Told:
     what: str
     where: str | None
     cure: str | None
+    report: Any = None
+    """The ``CompileReport`` as far as the conversion got, where there was one."""
 
     def __init__(self, what: str, *, where: str | None = None, cure: str | None = None) -> None:
         self.what = what
@@ -66,7 +68,7 @@ def _restore(cls: type[_Told], what: str, where: str | None, cure: str | None) -
     return cls(what, where=where, cure=cure)
 
 
-class MhcError(_Told, Exception):
+class MhcError(_Told):
     """Base of every error of this package; ``what``, ``where`` (user's file:line) and ``cure`` are attributes."""
 
 
