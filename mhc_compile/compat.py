@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -270,3 +270,33 @@ def triton_version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ""
+
+
+# --- tracing a graph for another compiler (seen in 2.11, 2.13) -------------------------------------------------------
+
+
+def fake_inputs(
+    static: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], dynamic: Mapping[int, Sequence[int]]
+) -> tuple[Any, list[torch.Tensor]]:
+    """(fake mode, a fake of each tensor): sizes are numbers but for the ``dynamic`` axes of ``inputs``, by position."""
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in static]
+    for position, tensor in enumerate(inputs):
+        axes = {axis % tensor.dim() for axis in dynamic.get(position, ())}
+        sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(
+            mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"input_{position}"))
+            if axes
+            else mode.from_tensor(tensor, static_shapes=True)
+        )
+    return mode, fakes
+
+
+def is_fixed(size: Any) -> bool:
+    """True for a size that is a number, or a symbol that the trace has found to be one."""
+    return not isinstance(size, torch.SymInt) or bool(size.node.expr.is_number)
