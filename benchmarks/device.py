@@ -1,0 +1,62 @@
+"""What every benchmark shares: the unit u, timing by device events, the machine, the JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """Device and the versions that matter."""
+    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    for name in ("torch", "triton", "transformers", "liger-kernel", "tile-kernels", "tilelang"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def median_us(function: Callable[[], object], repeat: int = 30, warmup: int = 5, flush: bool = True) -> float:
+    """Median microseconds of `function`, with the L2 emptied before each run (as between layers of a model)."""
+    scratch = torch.empty(256 * 2**20 // 4, dtype=torch.int32, device="cuda") if flush else None
+    for _ in range(warmup):
+        function()
+    torch.cuda.synchronize()
+    starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeat)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeat)]
+    for start, end in zip(starts, ends, strict=True):
+        if scratch is not None:
+            scratch.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) * 1000 for start, end in zip(starts, ends, strict=True))
+
+
+def unit_us(tokens: int, width: int) -> float:
+    """u: microseconds to move tokens x width bf16 elements once, from a large copy (bytes read plus bytes written)."""
+    source = torch.randn(2**29, device="cuda", dtype=torch.float32).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    seconds = median_us(lambda: target.copy_(source), repeat=20, flush=False) / 1e6
+    bandwidth = 2 * source.numel() * 2 / seconds
+    return tokens * width * 2 / bandwidth * 1e6
+
+
+def save(name: str, results: dict[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json with the machine beside the numbers."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "command": " ".join(sys.argv), **results}, indent=1) + "\n")
+    return path

@@ -1,0 +1,139 @@
+"""Each kernel alone: python -m benchmarks.ops [--sweep] [--width 4096].
+
+Prints microseconds, u (see docs/kernels.md) and the kernel's floor; --sweep tries the candidate configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.device import median_us, save, unit_us
+from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, sinkhorn
+from mhc_compile.ops import CoefficientSpec
+
+SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
+    "post": (post, "post_config", [
+        {"BC": 512, "num_warps": 2}, {"BC": 1024, "num_warps": 4}, {"BC": 1024, "num_warps": 2}, {"BC": 2048, "num_warps": 8},
+        {"BC": 512, "num_warps": 4}, {"BC": 256, "num_warps": 1},
+    ]),
+    "post_dots": (post, "dots_config", [
+        {"LANES": 64, "INNER": 8, "num_warps": 2}, {"LANES": 128, "INNER": 8, "num_warps": 4},
+        {"LANES": 256, "INNER": 8, "num_warps": 8}, {"LANES": 128, "INNER": 4, "num_warps": 4},
+    ]),
+    "pre_dots": (pre, "dots_config", [
+        {"LANES": 32, "INNER": 8, "num_warps": 1}, {"LANES": 64, "INNER": 8, "num_warps": 2},
+        {"LANES": 128, "INNER": 8, "num_warps": 4}, {"LANES": 256, "INNER": 8, "num_warps": 8},
+    ]),
+    "project": (coefficients, "project_config", []),
+    "streams_backward": (boundary, "streams_config", [
+        {"BT": 16, "BC": 64, "num_warps": 4, "num_stages": 2}, {"BT": 16, "BC": 64, "num_warps": 4, "num_stages": 1},
+        {"BT": 16, "BC": 128, "num_warps": 8, "num_stages": 2}, {"BT": 16, "BC": 128, "num_warps": 4, "num_stages": 2},
+        {"BT": 32, "BC": 64, "num_warps": 8, "num_stages": 2}, {"BT": 32, "BC": 32, "num_warps": 4, "num_stages": 2},
+        {"BT": 16, "BC": 32, "num_warps": 2, "num_stages": 2}, {"BT": 16, "BC": 64, "num_warps": 2, "num_stages": 2},
+        {"BT": 32, "BC": 128, "num_warps": 8, "num_stages": 2}, {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 2},
+    ]),
+}  # fmt: skip
+
+
+def project_sweep(total: int) -> list[dict[str, int]]:
+    found = []
+    for bt, bk, splits, warps, stages in (
+        (64, 128, 1, 4, 3), (64, 128, 2, 4, 3), (64, 64, 2, 4, 4), (64, 128, 2, 4, 4), (32, 128, 1, 4, 4),
+        (32, 128, 2, 4, 3), (64, 64, 4, 4, 5), (64, 256, 2, 8, 2), (128, 64, 2, 8, 4), (128, 128, 2, 8, 3),
+    ):  # fmt: skip
+        found.append({"BT": bt, "BK": bk, "SPAN": total // splits, "num_warps": warps, "num_stages": stages})
+    return found
+
+
+@contextmanager
+def configured(module: Any, name: str, config: dict[str, int] | None) -> Iterator[None]:
+    if config is None:
+        yield
+        return
+    previous = getattr(module, name)
+    setattr(module, name, lambda *_: config)
+    try:
+        yield
+    finally:
+        setattr(module, name, previous)
+
+
+def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], object], float]]:
+    """Name -> (call, floor in u)."""
+    spec = CoefficientSpec()
+    flat = list(spec.op_arguments().values())
+    make = torch.Generator(device="cuda").manual_seed(0)
+
+    def bf16(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=make).to(torch.bfloat16)
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=make)
+
+    x, g, y, du = bf16(tokens, n, width), bf16(tokens, n, width), bf16(tokens, width), bf16(tokens, width)
+    q, h, p = fp32(tokens, n), fp32(tokens, n, n), fp32(tokens, n)
+    phi, bias, alphas = fp32(24, n * width) * 0.02, fp32(24), [fp32(1) for _ in range(3)]
+    hi, lo = coefficients.halves(phi, torch.bfloat16)
+    partial = coefficients.project(x, hi, lo, 24, 32)
+    outs = coefficients.activate(partial, bias, *alphas, n * width, *flat)
+    dm, multiple, _ = coefficients_backward.logits_backward(
+        p, q, h, outs[3], bias, *alphas, n * width, False, *flat
+    )
+    return {
+        "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
+        "pre": (lambda: pre.forward(x, p), n + 1),
+        "project": (lambda: coefficients.project(x, hi, lo, 24, 32), n),
+        "activate": (lambda: coefficients.activate(partial, bias, *alphas, n * width, *flat), 0.0),
+        "sinkhorn": (lambda: sinkhorn.forward(h, *list(spec.sinkhorn.op_arguments().values())), 0.0),
+        "logits_backward": (
+            lambda: coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat), 0.0,
+        ),
+        "phi_gradient": (lambda: coefficients_backward.phi_gradient(dm, x, spec), n),
+        "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
+        "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
+        "streams_backward": (
+            lambda: boundary.streams_backward(x, g, h, False, du, p, dm, hi, multiple), 3 * n + 1,
+        ),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, nargs="*", default=[4096, 2560])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", nargs="*", default=None)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    for width in arguments.width:
+        u = unit_us(arguments.tokens, width)
+        print(f"T {arguments.tokens}  C {width}  u = {u:.2f} us")
+        for name, (call, floor) in cases(arguments.tokens, width).items():
+            if arguments.only and name not in arguments.only:
+                continue
+            configs: list[dict[str, int] | None] = [None]
+            module: Any = None
+            entry = ""
+            if arguments.sweep and name in SWEEPS:
+                module, entry, listed = SWEEPS[name]
+                configs += listed or project_sweep(4 * width)
+            for config in configs:
+                with configured(module, entry, config):
+                    try:
+                        us = median_us(call)
+                    except Exception as error:  # a candidate may not fit the chip; the table says so
+                        print(f"  {name:18s} {config}: {type(error).__name__} {str(error)[:80]}")
+                        continue
+                print(f"  {name:18s} {us:8.1f} us  {us / u:6.2f} u  floor {floor:5.1f}  {config or ''}", flush=True)
+                results[f"{name}/{width}" + (f"/{config}" if config else "")] = {"us": us, "u": us / u, "floor_u": floor}
+    if not arguments.sweep and not arguments.only:
+        print(save("ops", {"tokens": arguments.tokens, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
