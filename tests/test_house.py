@@ -32,6 +32,7 @@ FLOORS: list[set[str]] = [
     {"convert"},
     {"runtime", "verify"},
     {"api", "backend"},
+    {"standalone"},
     {"__init__"},
     {"__main__"},
 ]
