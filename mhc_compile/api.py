@@ -16,7 +16,7 @@ from mhc_compile import compat
 from mhc_compile.config import resolve
 from mhc_compile.convert import Conversion, as_error, convert
 from mhc_compile.errors import FragmentError, MhcError
-from mhc_compile.model.state import unwrap
+from mhc_compile.model.state import wrappers
 from mhc_compile.report import CompileReport, make_report
 
 
@@ -38,7 +38,7 @@ def prepare(model: nn.Module, *example_inputs: Any, **options: Any) -> nn.Module
     Raises:
         MhcError: as the compiled model would raise; the model is unchanged then.
     """
-    trace(unwrap(model), example_inputs, options, commit=True)
+    trace(model, example_inputs, options, commit=True)
     return model
 
 
@@ -48,11 +48,10 @@ def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileRe
     Nothing is compiled, run or changed. Arguments as ``prepare``; a model that cannot be converted gives a report
     whose ``error`` says why.
     """
-    model = unwrap(model)
     try:
         return trace(model, example_inputs, options, commit=False).report
     except MhcError as error:
-        report = getattr(error, "report", None) or make_report(type(model).__name__, resolve(options, None))
+        report: CompileReport = error.report or make_report(type(model).__name__, resolve(options, None))
         report.error = str(error)
         return report
 
@@ -60,6 +59,7 @@ def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileRe
 def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, commit: bool) -> Conversion:
     """Convert the graph that Dynamo makes of a call; ``commit`` registers the parameters. Raises MhcError."""
     resolved = resolve(options or None, None)
+    *wrapped, model = wrappers(model)
     done = compat.capture_done()
     outcome: list[Conversion | MhcError] = []
 
@@ -67,6 +67,7 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, c
         try:
             conversion = convert(gm, example_inputs, resolved)
             if commit:
+                conversion.parameters.check(wrapped)
                 conversion.parameters.commit()
             outcome.append(conversion)
         except compat.passthrough_exceptions():

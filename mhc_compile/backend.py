@@ -17,7 +17,7 @@ from torch import fx
 
 from mhc_compile import compat
 from mhc_compile.config import Resolved, resolve
-from mhc_compile.convert import Conversion, as_error, convert
+from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
@@ -47,7 +47,8 @@ def mhc(
 
     Returns:
         A callable with the graph's signature. If the graph cannot be converted, one that raises the reason
-        (``on_failure="raise"``), or the graph compiled as it is, with a warning (``on_failure="warn"``).
+        (``on_failure="raise"``), or the graph compiled as it is, with a warning (``on_failure="warn"``; a model that
+        holds hyper-connections never runs without them, so that one raises too).
     """
     try:
         resolved = resolve(options, mode)
@@ -63,12 +64,13 @@ def mhc(
         inner = _compile(conversion.gm, conversion.inputs, resolved, lowering)
         conversion.commit()
         _publish(conversion, lowering)
-        return Converted(inner, conversion.parameters.slots)
+        return Converted(inner, conversion.parameters.slots, conversion.parameters.places)
     except compat.passthrough_exceptions():
         raise
     except Exception as error:  # every other exception is ours to report: see the module docstring
         failure = as_error(error)
-        if resolved.options.on_failure == "raise":
+        converted_before = tie_failure(gm, example_inputs, failure)
+        if resolved.options.on_failure == "raise" or converted_before:
             return Failed(failure)
         warnings.warn(NotConvertedWarning(failure.what, where=failure.where, cure=failure.cure), stacklevel=2)
         return _compile(gm, example_inputs, resolved, LoweringLog())

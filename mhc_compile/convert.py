@@ -10,15 +10,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from mhc_compile import compat
 from mhc_compile.capture import ModuleMap, copy_graph, functionalize, inline_checkpoints
 from mhc_compile.capture.checkpoints import checkpoint_nodes
 from mhc_compile.capture.frames import enclosing_modules, is_transparent
 from mhc_compile.config import Resolved
-from mhc_compile.errors import MhcError, NoSiteError
+from mhc_compile.errors import FragmentError, MhcError, NoSiteError
 from mhc_compile.model import SiteParameters, hyper_connections
 from mhc_compile.passes import ORDER, PassContext, run_pass
 from mhc_compile.report import CompileReport, make_report, readable, site_rows
@@ -67,11 +66,25 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
         modules=modules,
         parameters=parameters,
         is_parameter=modules.is_parameter,
+        is_buffer=modules.is_buffer,
         break_reason=compat.break_reason(gm),
         resumed=compat.is_resume_frame(),
         inside=inside,
     )
     report = make_report(", ".join(type(root).__name__ for root in modules.roots) or "function", resolved)
+    try:
+        return _convert(copy, example_inputs, ctx, report, callers)
+    except MhcError as error:
+        error.report = report  # what was looked at before the refusal: `explain` shows it
+        raise
+
+
+def _convert(
+    copy: fx.GraphModule, example_inputs: Sequence[Any], ctx: PassContext, report: CompileReport, callers: list[Any]
+) -> Conversion:
+    options, modules, parameters = ctx.options, ctx.modules, ctx.parameters
+    assert modules is not None
+    assert isinstance(parameters, SiteParameters)
     for step in ORDER:
         result = run_pass(step, copy, ctx)
         report.passes.append(result)
@@ -116,9 +129,17 @@ def _why_no_site(report: CompileReport) -> str:
     return f"no residual add of {report.model} can be widened: {'; '.join(reasons[:3])}"
 
 
-def missing_hyper_connections(roots: list[nn.Module]) -> bool:
-    """True when none of the modules holds a hyper-connection."""
-    return not any(True for root in roots for _ in hyper_connections(root))
+def tie_failure(gm: fx.GraphModule, example_inputs: Sequence[Any], failure: MhcError) -> bool:
+    """Tie what stands for a failed conversion to the model it failed on; True if that model is converted already.
+
+    Most reasons are about this very instance (its parameters, its checkpoint, its wrapper): the next one of its class
+    must be looked at anew. A fragment is one for all instances, and a block may have many.
+    """
+    modules = ModuleMap(gm, compat.current_scope(), example_inputs)
+    if not isinstance(failure, FragmentError):
+        for _, source in modules.root_sources.values():
+            compat.guard_instance(source)
+    return any(True for root in modules.roots for _ in hyper_connections(root))
 
 
 def as_error(error: Exception) -> MhcError:
@@ -131,10 +152,3 @@ def as_error(error: Exception) -> MhcError:
     )
     wrapped.__cause__ = error
     return wrapped
-
-
-def is_fake(inputs: Sequence[Any]) -> bool:
-    """True when Dynamo handed over fake tensors (DDP's graph splitter does), which cannot be run."""
-    from torch._subclasses import FakeTensor
-
-    return any(isinstance(value, FakeTensor) for value in inputs if isinstance(value, torch.Tensor))

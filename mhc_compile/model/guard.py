@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mhc_compile.errors import UncompiledError
 
@@ -54,10 +55,11 @@ def plain() -> Iterator[None]:
         _local.plain = before
 
 
-def install(module: nn.Module) -> None:
-    """Put the guard on a module, once."""
-    if not any(isinstance(hook, PlainRunGuard) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(PlainRunGuard())
+def install(module: nn.Module) -> RemovableHandle | None:
+    """Put the guard on a module, once; returns its handle, None if the module had it."""
+    if any(isinstance(hook, PlainRunGuard) for hook in module._forward_pre_hooks.values()):
+        return None
+    return module.register_forward_pre_hook(PlainRunGuard())
 
 
 def remove(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,8 @@ class HyperConnection(nn.Module):
         position: index of the site in its chain; the preferred stream is ``position mod n``.
         init: ``preserve`` or ``paper``.
         device: of the parameters (``meta`` allowed; then call ``reset_parameters`` after ``to_empty``).
+        variant, collapse: the options of the rewrite around it. Other ones would compute something else with the same
+            parameters, so they are kept with them.
     """
 
     phi: nn.Parameter
@@ -54,9 +57,11 @@ class HyperConnection(nn.Module):
     settings: Tensor
 
     def __init__(
-        self, spec: ops.CoefficientSpec, width: int, position: int, init: str, device: torch.device | str | None = None
-    ) -> None:
+        self, spec: ops.CoefficientSpec, width: int, position: int, init: str,
+        device: torch.device | str | None = None, *, variant: str = "mhc", collapse: str = "mean",
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.variant, self.collapse = variant, collapse
         self.spec, self.width, self.position, self.init = spec, width, position, init
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.phi = nn.Parameter(torch.empty(spec.rows, spec.streams * width, **options))
@@ -111,9 +116,8 @@ class HyperConnection(nn.Module):
 
     def _encode(self, device: torch.device | str | None) -> Tensor:
         spec = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in self.spec.op_arguments().items()}
-        text = json.dumps(
-            {"format": _FORMAT, "width": self.width, "position": self.position, "init": self.init, "spec": spec}
-        )
+        own = {key: getattr(self, key) for key in ("width", "position", "init", "variant", "collapse")}
+        text = json.dumps({"format": _FORMAT, **own, "spec": spec})
         if str(device) == "meta":
             return torch.empty(len(text.encode()), dtype=torch.uint8, device="meta")
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
@@ -167,13 +171,15 @@ class HyperConnection(nn.Module):
                     f"the checkpoint's hyper-connections have format {data['format']}, this version reads {_FORMAT}",
                     cure="install a newer mhc-compile",
                 )
-            return cls(spec, int(data["width"]), int(data["position"]), str(data["init"]), device)
+            around = {key: str(data[key]) for key in ("variant", "collapse")}
+            return cls(spec, int(data["width"]), int(data["position"]), str(data["init"]), device, **around)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"a `settings` tensor of the checkpoint cannot be read: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """What must agree for the parameters to be usable: attributes that change the numbers or the shapes."""
-        return {"width": self.width, **dataclasses.asdict(self.spec)}
+        around = {"variant": self.variant, "collapse": self.collapse, "width": self.width}
+        return around | dataclasses.asdict(self.spec)
 
     def disagreement(self, wanted: dict[str, Any]) -> str:
         """``key=mine, not theirs`` for the first attribute that differs from another one's ``describe()``, or empty."""
@@ -200,6 +206,13 @@ class HyperConnection(nn.Module):
     def bytes(self) -> int:
         """Bytes of the parameters."""
         return sum(math.prod(p.shape) * p.element_size() for p in self.parameters())
+
+
+def registration_order(name: str) -> tuple[int, str]:
+    """Sort key of ``mhc0``, ``mhc1``, ..., ``mhc10``, ``mhc_head``: the order of the sites. A conversion and a
+    checkpoint register them alike, so that optimizer states, which go by position, fit."""
+    digits = name.rstrip("0123456789")
+    return (int(name[len(digits) :]), digits) if name != digits else (sys.maxsize, name)
 
 
 def hyper_connections(model: nn.Module) -> Iterator[tuple[str, HyperConnection]]:

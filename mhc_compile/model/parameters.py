@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,13 +17,15 @@ from mhc_compile.capture.graph import meta_value
 from mhc_compile.config import Options
 from mhc_compile.errors import CheckpointError, LayoutError, MismatchError, WrappedModelError
 from mhc_compile.model import guard, marker
-from mhc_compile.model.hyper_connection import HyperConnection, hyper_connections
-from mhc_compile.model.optimizers import adopt, watch
+from mhc_compile.model.hyper_connection import HyperConnection, hyper_connections, registration_order
+from mhc_compile.model.optimizers import adopt, common_parts, watch
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
 
 log = logging.getLogger("mhc_compile")
 
 SITE_NAME, HEAD_NAME = "mhc", "mhc_head"
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class SiteParameters:
@@ -43,6 +44,8 @@ class SiteParameters:
         self.fresh: list[tuple[nn.Module, tuple[str, ...], nn.Module, str, HyperConnection]] = []
         """(root, path, owner, name, module) of what ``commit`` will register."""
         self.used: dict[int, tuple[str, HyperConnection]] = {}
+        self.places: list[tuple[nn.Module, str, HyperConnection]] = []
+        """(owner, name, module) of every hyper-connection that the graph uses."""
         self.site_names: dict[int, str] = {}
         """id(site) -> qualified name of its hyper-connection, for the report."""
         self._guarded: list[nn.Module] = []
@@ -78,7 +81,24 @@ class SiteParameters:
                 cure="compile the nn.Module that holds the parameters, not a function over loose tensors",
             )
         root, path = site.owner
+        if isinstance(root.get_submodule(".".join(path)), _CONTAINERS):
+            path = self._branch_module(site, root)
         return root, path, root.get_submodule(".".join(path))
+
+    def _branch_module(self, site: ResidualSite, root: nn.Module) -> tuple[str, ...]:
+        """Owner of a site whose add stands in a loop over a container: what the branch has in common. A further child
+        of the container itself would become a step of the user's loop."""
+        refs = [ref for node in site.parameters if (ref := self.modules.refs.get(node.name)) and ref.root is root]
+        paths = [ref.path for ref in refs if not ref.is_buffer]
+        for path in (_common(paths), *paths):
+            if not isinstance(root.get_submodule(".".join(path)), _CONTAINERS):
+                return path
+        raise LayoutError(
+            "the module that owns a residual add is a container that calls its children one after the other: there is "
+            "no place for parameters",
+            where=site.where,
+            cure="put the add into an nn.Module that holds the branch as an attribute",
+        )
 
     def _get(
         self, root: nn.Module, path: tuple[str, ...], owner: nn.Module, name: str,
@@ -87,17 +107,24 @@ class SiteParameters:
         module = getattr(owner, name, None)
         qualified = ".".join((*path, name))
         if isinstance(module, HyperConnection):
-            wanted = HyperConnection(spec, width, position, self.options.init, "meta").describe()
-            _check_fit(qualified, module, wanted)
+            problem = module.disagreement(self._new(spec, width, position, "meta").describe())
+            if problem:
+                raise MismatchError(f"{qualified} was made with {problem} that the options ask for")
         elif module is not None:
             raise MismatchError(
                 f"{qualified} exists and is a {type(module).__name__}, not ours", cure="rename that attribute"
             )
         else:
-            module = HyperConnection(spec, width, position, self.options.init, device)
+            module = self._new(spec, width, position, device)
             self.fresh.append((root, path, owner, name, module))
         self.used[id(module)] = (qualified, module)
+        self.places.append((owner, name, module))
         return {key: self._placeholder(module, key, qualified) for key in _parameter_names(module)}
+
+    def _new(self, spec: ops.CoefficientSpec, width: int, position: int, device: torch.device | str) -> HyperConnection:
+        options = self.options
+        around = {"variant": options.variant, "collapse": options.collapse}
+        return HyperConnection(spec, width, position, options.init, device, **around)
 
     def _placeholder(self, module: HyperConnection, key: str, qualified: str) -> fx.Node:
         graph = self.gm.graph
@@ -182,7 +209,7 @@ class SiteParameters:
 
     def commit(self) -> int:
         """Register the new modules, guard the model, let its optimizers adopt; returns the parameters added."""
-        for root, _, owner, name, module in self.fresh:
+        for root, _, owner, name, module in sorted(self.fresh, key=lambda entry: registration_order(entry[3])):
             module.train(owner.training)
             owner.add_module(name, module)
             marker.mark(root, self.options)
@@ -196,11 +223,10 @@ class SiteParameters:
         return sum(p.numel() for *_, module in self.fresh for p in module.parameters())
 
 
-def _check_fit(name: str, module: HyperConnection, wanted: dict[str, Any]) -> None:
-    have = module.describe()
-    for key, value in wanted.items():
-        if have.get(key) != value:
-            raise MismatchError(f"{name} was made with {key}={have.get(key)!r}, and the options ask for {value!r}")
+def _common(paths: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The longest common beginning."""
+    first = min(paths, default=())
+    return first[: common_parts(first, max(paths, default=()))]
 
 
 def _parameter_names(module: HyperConnection) -> list[str]:
