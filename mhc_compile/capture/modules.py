@@ -101,6 +101,10 @@ class ModuleMap:
         """True for a placeholder that is a parameter or a buffer."""
         return node.name in self.refs or node.name in self.loose
 
+    def is_buffer(self, node: fx.Node) -> bool:
+        """True for a placeholder that is a buffer of a module."""
+        return node.name in self.refs and self.refs[node.name].is_buffer
+
     @property
     def roots(self) -> list[nn.Module]:
         """Root modules of the graph's parameters, in order of first use."""

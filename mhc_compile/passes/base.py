@@ -71,6 +71,8 @@ class PassContext:
     """None while a pass that creates no parameters runs."""
     is_parameter: Callable[[fx.Node], bool] = lambda node: False
     """True for a placeholder that is a parameter or buffer of the model (not an activation)."""
+    is_buffer: Callable[[fx.Node], bool] = lambda node: False
+    """True for those of them that are buffers."""
     break_reason: str = ""
     """Why a graph break ends this graph, with the user's line; empty if none does."""
     resumed: bool = False

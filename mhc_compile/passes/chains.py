@@ -1,48 +1,84 @@
 """From sites to chains: which sites share a stream, which stream is the model's, and which are left alone.
 
 Each site knows its parent, so the sites form a forest. From every tree the longest path is a chain (a site that forks
-off keeps its own, if at least two sites follow one another there). A chain inside the branch of another one, or around
-it, is left alone: the longer of the two is the model's stream. Post-norm chains are cut by their norms into pieces of
-one or two sites, which is how they are told from a stack with one norm at its end.
+off keeps its own, if at least two sites follow one another there). A skip around two or more sites of its own stream is
+a long skip and no site, however often it is repeated: the sites inside are the stream. A chain inside the branch of
+another one, or around it, is left alone: the longer of the two is the model's stream. Post-norm chains are cut by their
+norms into pieces of one or two sites, which is how they are told from a stack with one norm at its end.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from torch import fx
-
 from mhc_compile.capture.mutation import op_name
 from mhc_compile.passes.base import PassContext, Refusal
+from mhc_compile.passes.roles import NORM, RANDOM
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
 
 _LEAST_BETWEEN_NORMS = 3
+_STEPS_OF_A_NORM = ("pow", "mean", "rsqrt", "sqrt", "var", "var_mean", "square", "norm", "vector_norm")
+
+Reasons = dict[ResidualSite, str]
 
 
 def assemble(sites: list[ResidualSite], ctx: PassContext) -> tuple[list[ResidualChain], list[Refusal]]:
     """Chains in graph order, and a reason for every site that is in none of them."""
-    refusals: list[Refusal] = []
+    reasons: Reasons = {}
     order = {site: i for i, site in enumerate(sites)}
-    paths = _paths(sites, order, refusals)
-    normed = {site.norm_parent for site in sites if site.norm_parent is not None}
-    paths = [path for path in paths if not _is_post_norm(path, normed, refusals)]
+    cuts = {site.norm_parent: site for site in reversed(sites) if site.norm_parent is not None}
+    _drop_long_skips(sites, reasons)
+    paths = _paths([site for site in sites if site not in reasons], order, reasons)
     kept: list[list[ResidualSite]] = []
-    for path in sorted(paths, key=lambda p: (-len(p), order[p[0]])):
+    # pieces between norms last: they may lie in the branch of a whole chain
+    for path in sorted(paths, key=lambda p: (_is_piece(p, cuts), -len(p), order[p[0]])):
         reason = next((r for other in kept if (r := _nested(path, other))), "")
+        if not reason and _is_piece(path, cuts):
+            reason = _cut_reason(path[0] if path[0].after_norm is not None else cuts[path[-1]])
         if reason:
-            refusals.extend(_refusal(site, reason) for site in path)
+            reasons.update(dict.fromkeys(path, reason))
         else:
             kept.append(path)
     kept.sort(key=lambda p: order[p[0]])
+    refusals = [Refusal("residual add", reasons[site], site.where, site.module) for site in sites if site in reasons]
     return [ResidualChain(path, index=i) for i, path in enumerate(kept)], refusals
 
 
-def _paths(
-    sites: list[ResidualSite], order: dict[ResidualSite, int], refusals: list[Refusal]
-) -> list[list[ResidualSite]]:
+def _children(sites: list[ResidualSite]) -> dict[object, list[ResidualSite]]:
+    """Sites by the state of the stream that they start from."""
     children: dict[object, list[ResidualSite]] = defaultdict(list)
     for site in sites:
-        children[site.parent if site.parent is not None else site.stream].append(site)
+        children[_state(site)].append(site)
+    return children
+
+
+def _state(site: ResidualSite) -> object:
+    return site.parent if site.parent is not None else site.stream
+
+
+def _drop_long_skips(sites: list[ResidualSite], reasons: Reasons) -> None:
+    """Take out the adds whose branch goes through two or more sites of the stream they start from.
+
+    What follows such an add starts a stream of its own.
+    """
+    children = _children(sites)
+
+    def inside(site: ResidualSite, outer: ResidualSite) -> int:
+        """Sites one after another from ``site`` on within the branch of ``outer``."""
+        return 1 + max((inside(child, outer) for child in children[site] if child.add in outer.branch), default=0)
+
+    for outer in sites:
+        for site in children[_state(outer)]:
+            if site is not outer and site.add in outer.branch and inside(site, outer) >= 2:
+                reasons[outer] = f"long skip around {inside(site, outer)} residual adds of its own stream"
+                break
+    for site in sites:
+        if site.parent in reasons:
+            site.parent, site.entry_path = None, []
+
+
+def _paths(sites: list[ResidualSite], order: dict[ResidualSite, int], reasons: Reasons) -> list[list[ResidualSite]]:
+    children = _children(sites)
     depth: dict[ResidualSite, int] = {}
     for site in reversed(sites):
         depth[site] = 1 + max((depth[child] for child in children[site]), default=0)
@@ -52,16 +88,12 @@ def _paths(
 
     paths: list[list[ResidualSite]] = []
     for site in sites:
-        key = site.parent if site.parent is not None else site.stream
-        best = longest(children[key])
+        best = longest(children[_state(site)])
         if site is not best:
             if depth[site] == 1:
-                refusals.append(
-                    _refusal(
-                        site,
-                        "long skip: the stream it starts from is carried on by the longer chain at "
-                        f"{best.where or best.module or 'another add'}",
-                    )
+                reasons[site] = (
+                    "long skip: the stream it starts from is carried on by the longer chain at "
+                    f"{best.where or best.module or 'another add'}"
                 )
                 continue
         elif site.parent is not None:
@@ -73,27 +105,26 @@ def _paths(
     return paths
 
 
-def _is_post_norm(path: list[ResidualSite], normed: set[ResidualSite], refusals: list[Refusal]) -> bool:
+def _is_piece(path: list[ResidualSite], cuts: dict[ResidualSite, ResidualSite]) -> bool:
+    """True for a piece of a stream that norms (or the like) cut after every one or two adds."""
     if len(path) >= _LEAST_BETWEEN_NORMS:
         return False
-    cut = path[0].after_norm is not None and path[0].norm_parent is not None
-    if not cut and path[-1] not in normed:
-        return False
-    for site in path:
-        what = _barrier_name(site.after_norm) if site.after_norm is not None else "a norm"
-        refusals.append(
-            _refusal(
-                site,
-                f"post-norm: {what} sits on the carrier between the adds; "
-                "options={'post_norm': 'per_stream'} applies it to every stream",
-            )
+    return (path[0].after_norm is not None and path[0].norm_parent is not None) or path[-1] in cuts
+
+
+def _cut_reason(site: ResidualSite) -> str:
+    """Why the stream does not go through from the site before ``site`` to it."""
+    assert site.after_norm is not None
+    name = op_name(site.after_norm)
+    if site.cut_by == NORM or name in _STEPS_OF_A_NORM:
+        what = "a norm" if name in _STEPS_OF_A_NORM else name
+        return (
+            f"post-norm: {what} sits on the carrier between the adds; "
+            "options={'post_norm': 'per_stream'} applies it to every stream"
         )
-    return True
-
-
-def _barrier_name(node: fx.Node) -> str:
-    name = op_name(node)
-    return "a norm" if name in ("pow", "mean", "rsqrt", "sqrt", "var", "var_mean") else name
+    if site.cut_by == RANDOM:
+        return f"{name} acts on the stream itself between the adds, and would act on each stream differently"
+    return f"{name} acts on the stream itself between the adds, and is not linear"
 
 
 def _nested(path: list[ResidualSite], other: list[ResidualSite]) -> str:
@@ -103,7 +134,3 @@ def _nested(path: list[ResidualSite], other: list[ResidualSite]) -> str:
     if any(inner.add in site.branch for site in path for inner in other):
         return f"long skip: its branch holds another chain of {len(other)} sites"
     return ""
-
-
-def _refusal(site: ResidualSite, reason: str) -> Refusal:
-    return Refusal("residual add", reason, site.where, site.module)

@@ -68,7 +68,7 @@ def _why_off(gm: fx.GraphModule, ctx: PassContext) -> str:
 class _Finder:
     def __init__(self, gm: fx.GraphModule, ctx: PassContext) -> None:
         self.gm, self.ctx = gm, ctx
-        self.roles = Roles(gm, ctx.is_parameter)
+        self.roles = Roles(gm, ctx.is_parameter, ctx.is_buffer)
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.sites: dict[fx.Node, ResidualSite] = {}
         self.traces: dict[fx.Node, Trace] = {}
@@ -196,6 +196,8 @@ class _Finder:
             return "the add writes in place into a tensor that is an input or has another name; write x = x + f(x)"
         if self._is_same_stream(site, output):
             return "skip connection: both operands are states of the same stream, each is read collapsed"
+        if self._is_addition_from_outside(site, output):
+            return "an addition from outside to another stream, which goes on behind it"
         module = site.module
         if options.include and not any(fnmatch.fnmatch(module, glob) for glob in options.include):
             return "not included by option include"
@@ -216,6 +218,29 @@ class _Finder:
             state = state.parent
         return False
 
+    def _is_addition_from_outside(self, site: ResidualSite, output: fx.Node) -> bool:
+        """True when the "branch" is a stream of its own that goes on through this add, and the carrier joins it.
+
+        That is so when the stream begins without the carrier (a condition or a memory that its branches have read),
+        or when the carrier was added to it before (the same condition in front of every layer). A branch that ends in
+        a residual add of its own begins with a norm or a projection of the carrier, and is none of these.
+        """
+        trace = self.traces.get(output)
+        state = self.sites.get(trace.root) if trace is not None and trace.barrier is None else None
+        if state is None:
+            return False
+        while state.parent is not None:
+            state = state.parent
+        head = state.stream
+        before = self._ancestors(head, self.order[site.stream])
+        if site.stream not in before:
+            return True
+        reached = {site.stream}
+        for node in sorted(before, key=self.order.__getitem__):
+            if any(arg in reached for arg in self.roles.values(node)) and self.roles.role(node) == LINEAR:
+                reached.add(node)
+        return head in reached
+
     def _add(self, site: ResidualSite) -> None:
         for merged in site.merged:
             self.sites.pop(merged, None)
@@ -227,6 +252,7 @@ class _Finder:
                 site.entry_path = sorted(trace.path, key=self.order.__getitem__)
             else:
                 site.after_norm, site.norm_parent = trace.barrier, self.sites.get(trace.root)
+                site.cut_by = trace.barrier_role
         self.sites[site.add] = site
         self.traces[site.add] = Trace(site.add)
 
@@ -235,7 +261,7 @@ class _Finder:
     def _trace(self, node: fx.Node) -> Trace | None:
         if not isinstance(meta_value(node), (torch.Tensor, tuple, list)):
             return None
-        traces = [self.traces[arg] for arg in node.all_input_nodes if arg in self.traces]
+        traces = [self.traces[arg] for arg in self.roles.values(node) if arg in self.traces]
         if not traces:
             return None
         role = self.roles.role(node)

@@ -29,6 +29,12 @@ _UNARY_LINEAR = frozenset(
     getattr adjoint mT
     """.split()
 )
+_LIKE = frozenset(
+    """
+    to type_as view_as reshape_as expand_as
+    """.split()
+)
+"""Operators that take shape or dtype from a second tensor, and nothing else."""
 _SCALING = frozenset(
     """
     mul imul __mul__ __rmul__ __imul__ mul_ multiply div truediv __truediv__ divide div_ itruediv
@@ -91,14 +97,20 @@ class Roles:
 
     Args:
         is_parameter: True for a placeholder that is a parameter or a buffer.
+        is_buffer: True for those that are buffers: constants, but no weights (a rotation matrix, a filter).
     """
 
-    def __init__(self, gm: fx.GraphModule, is_parameter: Callable[[fx.Node], bool]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        is_parameter: Callable[[fx.Node], bool],
+        is_buffer: Callable[[fx.Node], bool] = lambda node: False,
+    ) -> None:
         self.constant: set[fx.Node] = set()
         """Nodes that depend on parameters and constants only."""
         self.weight: set[fx.Node] = set()
         """Parameters, and what views, casts and gathers make of them (also gathers by activations: expert weights)."""
-        self._is_parameter = is_parameter
+        self._is_parameter, self._is_buffer = is_parameter, is_buffer
         for node in gm.graph.nodes:
             self._classify(node)
 
@@ -106,7 +118,8 @@ class Roles:
         if node.op == "placeholder":
             if self._is_parameter(node):
                 self.constant.add(node)
-                self.weight.add(node)
+                if not self._is_buffer(node):
+                    self.weight.add(node)
             return
         if node.op == "get_attr":
             self.constant.add(node)
@@ -122,6 +135,11 @@ class Roles:
     def activations(self, node: fx.Node) -> list[fx.Node]:
         """Tensor inputs of a node that are no parameters and no constants, each once."""
         return [a for a in node.all_input_nodes if a not in self.constant and _is_tensor_like(meta_value(a))]
+
+    def values(self, node: fx.Node) -> list[fx.Node]:
+        """The activations whose values enter the result: of ``x.view_as(y)`` and ``x.to(y)`` only x."""
+        inputs = self.activations(node)
+        return [a for a in inputs if a is node.args[0]] if op_name(node) in _LIKE and node.args else inputs
 
     def is_weighted(self, node: fx.Node) -> bool:
         """True for a product of activations with a parameter of two or more dimensions (linear, conv, expert GEMM)."""
@@ -141,7 +159,7 @@ class Roles:
         name = op_name(node)
         if self.is_weighted(node):
             return WEIGHTED
-        inputs = self.activations(node)
+        inputs = self.values(node)
         if name in _DROPOUT:
             return LINEAR if _dropout_is_off(node) else RANDOM
         if name in _UNARY_LINEAR:
@@ -162,7 +180,7 @@ class Roles:
         """``node`` and what it was before unary linear operations, nearest first, ending where ``stop`` holds."""
         found = [node]
         while not stop(node) and node.op in ("call_function", "call_method"):
-            inputs = self.activations(node)
+            inputs = self.values(node)
             if len(inputs) != 1 or self.role(node) != LINEAR or op_name(node) in _JOINING | _ADDING:
                 break
             node = inputs[0]

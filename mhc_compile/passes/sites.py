@@ -41,6 +41,8 @@ class ResidualSite:
     """Operations from the parent's sum (or the head) to ``stream``."""
     after_norm: fx.Node | None = None
     """The norm or other non-linear node between an earlier site and this one, when that is what cuts the stream."""
+    cut_by: str = ""
+    """The role of ``after_norm`` (see ``roles``)."""
     norm_parent: ResidualSite | None = None
     """The site before that norm."""
     channel: int = -1
