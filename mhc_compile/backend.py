@@ -21,6 +21,7 @@ from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
+from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
 from mhc_compile.verify import verify
@@ -84,7 +85,7 @@ def _compile(
     if options.compiler != "inductor":
         artefact: Callable[..., Any] = compat.lookup_backend(options.compiler)(gm, list(inputs))
         return artefact
-    settings = {**resolved.inductor, **config_patches(options, lowering)}
+    settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
     return compat.inductor_compile(gm, inputs, settings)
 
 

@@ -115,11 +115,13 @@ def _lower_node(node: fx.Node, mode: str, log: LoweringLog) -> None:
 
 
 class LowerPass(CustomGraphPass):
-    """Fuses and lowers our ops on one partitioned graph. `uuid` covers the package's source, Triton and the options."""
+    """Fuses and lowers our ops on one partitioned graph. `uuid` covers the package's source, Triton, the options and
+    `key`."""
 
-    def __init__(self, options: Any, log: LoweringLog) -> None:
+    def __init__(self, options: Any, log: LoweringLog, key: str = "") -> None:
         self.options = options
         self.log = log
+        self.key = key
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(node.target in TARGETS for node in graph.nodes):
@@ -132,16 +134,17 @@ class LowerPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Identity for FxGraphCache and AOTAutogradCache."""
-        return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)))
+        return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)), self.key)
 
 
-def config_patches(options: Any, log: LoweringLog) -> dict[str, object]:
+def config_patches(options: Any, log: LoweringLog, key: str = "") -> dict[str, object]:
     """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
 
     `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache hit,
-    when nothing is lowered).
+    when nothing is lowered). `key` is the identity of what torch's cache keys leave out: tags on the graph's nodes (a
+    recompute plan).
     """
-    passes = chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log))
+    passes = chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     return {"post_grad_custom_pre_pass": passes}
 
 

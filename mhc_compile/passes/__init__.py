@@ -4,9 +4,11 @@ from mhc_compile.passes.base import Pass, PassContext, PassResult, Refusal, run_
 from mhc_compile.passes.find_sites import find_sites
 from mhc_compile.passes.fragment import check_fragment
 from mhc_compile.passes.raise_chains import raise_chains
+from mhc_compile.passes.recompute import recompute
 from mhc_compile.passes.widen import widen
 
-ORDER: tuple[Pass, ...] = (raise_chains, find_sites, check_fragment, widen)
-"""THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds."""
+ORDER: tuple[Pass, ...] = (raise_chains, find_sites, check_fragment, widen, recompute)
+"""THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds; then
+what is kept of all of them for the backward."""
 
 __all__ = ["ORDER", "Pass", "PassContext", "PassResult", "Refusal", "run_pass"]

@@ -1,0 +1,346 @@
+"""Recompute: tag what is kept for the backward and what is replayed from it; AOTAutograd's partitioner acts.
+
+For every chain of stream states the plan of ``boundaries`` is written on the nodes (``node.meta["recompute"]``):
+
+| kept (MUST_SAVE) | replayed (MUST_RECOMPUTE) |
+|---|---|
+| X_l at the boundaries, as the result of its post | X_l in between, as the result of its post |
+| the value that is expanded at the head | the expanded X_0 |
+| pre, post, res and the projection of every site | u_l, the result of its pre, and the norm that follows it |
+| every branch output y, the reductions of that norm | |
+
+Only our ops and that norm are run twice, never the rest of a branch: with the coefficients kept, a replay holds no
+projection and no Sinkhorn. Our ops carry no checkpoint id, so that the ends of the user's own activation checkpoints do
+not cut a block. The tags are not part of inductor's cache keys: ``plan_key`` is, see ``lowering.inductor``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointPolicy
+
+from mhc_compile import cost, ops
+from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
+from mhc_compile.passes.activations import kept_by_autograd, live_bytes
+from mhc_compile.passes.base import PassContext, PassResult
+from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
+from mhc_compile.passes.norms import Norm, find_norm
+from mhc_compile.passes.states import State, find_states
+
+PLAN_KEY = "mhc_plan_key"
+"""Where the graph module's ``meta`` holds the identity of its tags, for inductor's caches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateRow:
+    """What becomes of one stream state and of what its site makes."""
+
+    chain: int
+    index: int
+    where: str
+    """``file:line`` of the site's add."""
+    state: str
+    """``kept``, ``replayed``, or ``from source`` for an expanded state that is rebuilt from what was expanded."""
+    branch_input: str
+    """``kept`` or ``replayed``."""
+    state_bytes: int
+    input_bytes: int
+    """u_l, and the norm where it is replayed with it."""
+    coefficient_bytes: int
+    output_bytes: int
+
+
+@dataclasses.dataclass
+class RecomputeResult(PassResult):
+    """The plan; ``changed`` counts the states and branch inputs that are replayed."""
+
+    rows: list[StateRow] = dataclasses.field(default_factory=list)
+    peak: int = 0
+    """Predicted peak of a training step over this graph in bytes: parameters, gradients, activations."""
+    peak_without: int = 0
+    """The same without recompute."""
+    kept_bytes: int = 0
+    """Stream states and branch inputs kept."""
+    kept_without: int = 0
+    seconds: float = 0.0
+    """Predicted time of the replay."""
+    device: str = ""
+    """Whose numbers the time is from."""
+
+
+@dataclasses.dataclass
+class _Planned:
+    """A chain of states with what the optimiser sees of it."""
+
+    states: list[State]
+    norms: list[list[Norm]]
+    chain: Chain
+    plan: Plan | None = None
+    """None: nothing is replayed."""
+
+
+def recompute(gm: fx.GraphModule, ctx: PassContext) -> RecomputeResult:
+    """Choose and tag. With ``recompute="off"``, and in a graph without gradients, nothing is tagged.
+
+    Running it again changes nothing.
+    """
+    result = RecomputeResult("recompute")
+    if ctx.options.recompute != "off":
+        _recompute(gm, ctx, result)
+    gm.meta[PLAN_KEY] = plan_key(gm)
+    return result
+
+
+def plan_key(gm: fx.GraphModule) -> str:
+    """Identity of all recompute tags of a graph (the user's own checkpoints among them); empty without any."""
+    digest = hashlib.sha256()
+    regions: dict[object, int] = {}
+    tagged = False
+    for index, node in enumerate(gm.graph.nodes):
+        policy = node.meta.get("recompute")
+        if policy is None:
+            continue
+        tagged = True
+        region = regions.setdefault(node.meta.get("ac_graph_id"), len(regions))  # ids differ from run to run
+        digest.update(f"{index} {node.name} {policy} {region};".encode())
+    return digest.hexdigest() if tagged else ""
+
+
+def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) -> None:
+    chains = find_states(gm.graph)
+    if not chains:
+        return
+    is_parameter = _parameters(ctx)
+    if not torch.is_grad_enabled() or not any(_wants_gradient(node) for node in gm.graph.find_nodes(op="placeholder")):
+        result.notes.append("no gradient is asked for: nothing to keep, nothing to replay")
+        return
+    where = next((t.device for chain in chains for t in cost.tensors_of(value_of(chain[0].producer))), None)
+    device = cost.device_of(where.type if where is not None else "cpu", (where.index or 0) if where is not None else 0)
+    result.device = device.name if device.measured else f"{device.name} (nominal numbers)"
+    planned = [_describe(gm.graph, states, is_parameter, device) for states in chains]
+    others = sum(keep_all(each.chain).kept_bytes for each in planned)
+    whole = others
+    for index, each in enumerate(planned):
+        own = keep_all(each.chain).kept_bytes
+        each.chain = _with(each.chain, others - own)
+        each.plan = _choose(each.chain, own / max(whole, 1), ctx, where, gm.graph, result)
+        chosen = each.plan if each.plan is not None else keep_all(each.chain)
+        result.peak_without = max(result.peak_without, keep_all(each.chain).peak)
+        result.peak = chosen.peak  # of the last chain: it sees what the others keep
+        result.kept_bytes += chosen.kept_bytes
+        result.kept_without += own
+        result.seconds += chosen.seconds
+        others += chosen.kept_bytes - own
+        result.rows += _rows(index, each, chosen)
+        if each.plan is not None:
+            result.changed += _tag(each, each.plan)
+    if result.changed:
+        _untag_the_rest(gm.graph, planned)
+
+
+# ------------------------------------------------------------------------------------------------ what there is
+def _parameters(ctx: PassContext) -> Callable[[fx.Node], bool]:
+    def is_parameter(node: fx.Node) -> bool:
+        if node.op not in ("placeholder", "get_attr"):
+            return False
+        return ctx.is_parameter(node) or isinstance(value_of(node), nn.Parameter)
+
+    return is_parameter
+
+
+def _wants_gradient(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _describe(
+    graph: fx.Graph, states: list[State], is_parameter: Callable[[fx.Node], bool], device: Device
+) -> _Planned:
+    """Bytes and seconds of a chain."""
+    norms = [[norm for pre in state.pres if (norm := find_norm(pre, is_parameter))] for state in states]
+    posts = [state.post for state in states if state.post is not None]
+    without = {pre for state in states for pre in state.pres}
+    without |= {node for found in norms for norm in found for node in (*norm.replayed, *norm.reductions)}
+    without |= {base for state in states if state.output is not None for base in _with_bases(state.output)}
+    kept = kept_by_autograd(graph, posts, is_parameter, without)
+    sizes = [bytes_of(state.producer) for state in states]
+    own = [_coefficient_bytes(state) + _output_bytes(state) for state in states]
+    live = live_bytes(graph, posts, is_parameter, kept, own, sizes)
+    sites = []
+    for index, state in enumerate(states):
+        source = bytes_of(state.producer.args[0]) if state.is_expanded else None
+        first = index == 0 and not state.is_expanded
+        made = cost.work(state.producer).seconds(device) if not first else 0.0
+        inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
+        inputs += sum(_norm_work(norm).seconds(device) for norm in norms[index])
+        sites.append(
+            Site(
+                state=sizes[index],
+                branch_input=_input_bytes(state, norms[index]),
+                live=live.sites[index],
+                state_seconds=made,
+                input_seconds=inputs,
+                source=source,
+                pinned=first or state.shared,
+            )
+        )
+    return _Planned(states, norms, Chain(tuple(sites), live.head))
+
+
+def _norm_work(norm: Norm) -> Work:
+    """One pass: the input is read once, the result written once."""
+    source = next(other for other in norm.replayed[0].all_input_nodes if other not in norm.replayed)
+    return Work(bytes_of(source), norm.result_bytes)
+
+
+def _input_bytes(state: State, norms: list[Norm]) -> int:
+    return sum(bytes_of(pre) for pre in state.pres) + sum(norm.result_bytes for norm in norms)
+
+
+def _coefficient_bytes(state: State) -> int:
+    return sum(bytes_of(node) for node in state.coefficients)
+
+
+def _output_bytes(state: State) -> int:
+    return bytes_of(state.output) if state.output is not None else 0
+
+
+def _with_bases(node: fx.Node) -> list[fx.Node]:
+    """A value and what it is a view of."""
+    found = [node]
+    while is_view(found[-1]) and found[-1].args and isinstance(found[-1].args[0], fx.Node):
+        found.append(found[-1].args[0])
+    return found
+
+
+def _with(chain: Chain, more: int) -> Chain:
+    """The chain with `more` bytes live all the time."""
+    sites = tuple(dataclasses.replace(site, live=site.live + more) for site in chain.sites)
+    return Chain(sites, chain.head + more)
+
+
+# ------------------------------------------------------------------------------------------------ what is chosen
+def _choose(
+    chain: Chain,
+    share: float,
+    ctx: PassContext,
+    where: torch.device | None,
+    graph: fx.Graph,
+    result: RecomputeResult,
+) -> Plan | None:
+    """The plan of one chain; None where nothing has to be replayed."""
+    wanted, everything = ctx.options.recompute, keep_all(chain)
+    if isinstance(wanted, int):
+        allowed = int(wanted * share)
+        if everything.kept_bytes <= allowed:
+            return None
+        plan = fastest_within(chain, allowed)
+        if plan is None:
+            plan = evaluate(chain, ())
+            result.notes.append(f"{allowed:,} bytes do not hold what has to be kept, {plan.kept_bytes:,} bytes")
+        return plan
+    if wanted == "speed":
+        limit = ctx.options.memory_budget
+        if limit is None:
+            limit = _free_bytes(where, graph)
+        if limit is None or everything.peak <= limit:
+            result.notes.append("everything fits: nothing is replayed")
+            return None
+        plan = fastest(chain, limit)
+        if plan is not None:
+            return plan
+        result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
+    return least_peak(chain)
+
+
+def _free_bytes(where: torch.device | None, graph: fx.Graph) -> int | None:
+    """What this graph may take of its device, its parameters and inputs included; None for no limit (a CPU)."""
+    if where is None or where.type != "cuda" or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(where)
+    idle = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    there = sum(bytes_of(node) for node in graph.find_nodes(op="placeholder"))
+    return int(0.95 * (free + idle + there))  # the rest for fragmentation
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+def _set(node: fx.Node, policy: CheckpointPolicy) -> None:
+    node.meta["recompute"] = policy
+    node.meta.pop("ac_graph_id", None)
+
+
+def _tag(planned: _Planned, plan: Plan) -> int:
+    """Write a plan on the nodes; returns how many states and inputs are replayed."""
+    save, replay = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
+    kept, inputs = set(plan.kept), set(plan.inputs)
+    count = 0
+    for index, (state, norms) in enumerate(zip(planned.states, planned.norms, strict=True)):
+        replayed = state.is_expanded or index not in kept
+        if state.producer.op == "call_function":
+            _set(state.producer, replay if replayed else save)
+        count += replayed
+        for node in state.paths:
+            _set(node, replay)
+        for node in state.coefficients:
+            _set(node, save)
+        if state.output is not None:
+            for node in _with_bases(state.output):
+                if node.op in ("call_function", "call_method"):
+                    _set(node, save)
+        for pre in state.pres:
+            _set(pre, save if index in inputs else replay)
+        if index not in inputs:
+            count += bool(state.pres)
+            for norm in norms:
+                for node in norm.replayed:
+                    _set(node, replay)
+                for node in norm.reductions:
+                    _set(node, save)
+    return count
+
+
+def _untag_the_rest(graph: fx.Graph, planned: list[_Planned]) -> None:
+    """Take a checkpoint's tags from our ops that the plan does not name: the last post, collapses, getitems."""
+    named = {
+        node
+        for each in planned
+        if each.plan is not None
+        for state in each.states
+        for node in (state.producer, *state.paths, *state.pres, *state.coefficients)
+    }
+    overloads = {op.overload for op in ops.OPS.values()}
+    for node in graph.nodes:
+        source = node.args[0] if node.target is operator.getitem else node
+        if isinstance(source, fx.Node) and source.target in overloads and node not in named:
+            node.meta.pop("recompute", None)
+            node.meta.pop("ac_graph_id", None)
+
+
+# ------------------------------------------------------------------------------------------------ what is told
+def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
+    kept, inputs = set(plan.kept), set(plan.inputs)
+    rows = []
+    for index, state in enumerate(planned.states):
+        how = "kept" if index in kept else "replayed"
+        if state.is_expanded and planned.plan is not None:
+            how = "from source"
+        rows.append(
+            StateRow(
+                chain,
+                index,
+                state.where,
+                how,
+                "kept" if index in inputs else "replayed",
+                planned.chain.sites[index].state,
+                planned.chain.sites[index].branch_input,
+                _coefficient_bytes(state),
+                _output_bytes(state),
+            )
+        )
+    return rows
