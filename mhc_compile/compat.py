@@ -195,7 +195,7 @@ def statically_equal(a: Any, b: Any) -> bool:
 
 
 def size_hint(size: Any) -> int:
-    """The number behind a size: itself, or the one the symbol stood for while tracing (no guard); 1 if none is known."""
+    """The number behind a size: itself, or what the symbol stood for while tracing (no guard); 1 if none is known."""
     if isinstance(size, int):
         return size
     hint = size.node.hint if size.node.has_hint() else None
@@ -300,3 +300,25 @@ def fake_inputs(
 def is_fixed(size: Any) -> bool:
     """True for a size that is a number, or a symbol that the trace has found to be one."""
     return not isinstance(size, torch.SymInt) or bool(size.node.expr.is_number)
+
+
+def size_hint(size: Any, default: int) -> int:
+    """The example behind a size, without guarding on it; `default` where a symbol has none."""
+    if isinstance(size, int):
+        return size
+    found = getattr(getattr(size, "node", None), "hint", None)
+    return int(found) if isinstance(found, int) else default
+
+
+def python_dispatcher() -> Any:
+    """A context in which composite operators run their Python form: some C++ ones turn a symbolic size into a number."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
+def keep_kernel_launches() -> None:
+    """Tell fx that a traced kernel launch has an effect (it writes its outputs): dead-code elimination drops it else."""
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    fx.node.has_side_effect(triton_kernel_wrapper_mutation)
