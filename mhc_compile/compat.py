@@ -138,6 +138,14 @@ def capture_done() -> type[Exception]:
     return _CaptureDone
 
 
+def is_exporting() -> bool:
+    """True within ``torch.export``, also while Dynamo traces a caller of this.
+
+    The public ``torch.compiler.is_exporting()`` folds to True under any Dynamo trace in 2.11 (2.13 reads this flag).
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def unsupported_exceptions() -> tuple[type[BaseException], ...]:
     """What Dynamo raises under ``fullgraph=True`` when it cannot capture a frame whole."""
     from torch._dynamo import exc
@@ -194,12 +202,12 @@ def statically_equal(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
-def size_hint(size: Any) -> int:
-    """The number behind a size: itself, or what the symbol stood for while tracing (no guard); 1 if none is known."""
+def size_hint(size: Any, default: int = 1) -> int:
+    """The number behind a size: itself, or what the symbol stood for while tracing (no guard); else ``default``."""
     if isinstance(size, int):
         return size
     hint = size.node.hint if size.node.has_hint() else None
-    return int(hint) if isinstance(hint, int) else 1
+    return int(hint) if isinstance(hint, int) else default
 
 
 def accepts(function: Any, name: str) -> bool:
@@ -300,14 +308,6 @@ def fake_inputs(
 def is_fixed(size: Any) -> bool:
     """True for a size that is a number, or a symbol that the trace has found to be one."""
     return not isinstance(size, torch.SymInt) or bool(size.node.expr.is_number)
-
-
-def size_hint(size: Any, default: int) -> int:
-    """The example behind a size, without guarding on it; `default` where a symbol has none."""
-    if isinstance(size, int):
-        return size
-    found = getattr(getattr(size, "node", None), "hint", None)
-    return int(found) if isinstance(found, int) else default
 
 
 def python_dispatcher() -> Any:

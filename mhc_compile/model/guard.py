@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mhc_compile import compat
 from mhc_compile.errors import UncompiledError
 
 _local = threading.local()
@@ -28,7 +29,7 @@ class PlainRunGuard:
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Refuse a plain run; let a trace and the plain() context pass."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if compat.is_exporting():
                 _refuse(module, "is being exported")
             return
         if not getattr(_local, "plain", False):
