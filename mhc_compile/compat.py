@@ -73,6 +73,13 @@ def guard_instance(source: Any) -> None:
     install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
+def never_compile_alone(function: Any) -> None:
+    """Keep Dynamo from compiling a Python function as a frame of its own; within other frames it is traced as ever."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+
+
 def local_source(name: str) -> Any:
     """A source for a placeholder that Dynamo does not know (AOTAutograd asks each placeholder for one)."""
     from torch._dynamo.source import LocalSource

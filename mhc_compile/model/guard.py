@@ -60,7 +60,19 @@ def install(module: nn.Module) -> RemovableHandle | None:
     """Put the guard on a module, once; returns its handle, None if the module had it."""
     if any(isinstance(hook, PlainRunGuard) for hook in module._forward_pre_hooks.values()):
         return None
+    # When a frame falls back to eager, Dynamo goes on to compile what it calls: the hook as a frame of its own would
+    # find that it is being compiled, and stay silent.
+    compat.never_compile_alone(PlainRunGuard.__call__)
     return module.register_forward_pre_hook(PlainRunGuard())
+
+
+def install_below(root: nn.Module) -> RemovableHandle | None:
+    """Put the guard on the first submodule with parameters of its own. On the root of a compiled frame it would fire:
+    the hooks of that one run outside of the frame."""
+    for module in root.modules():
+        if module is not root and any(True for _ in module.parameters(recurse=False)):
+            return install(module)
+    return None
 
 
 def remove(model: nn.Module) -> None:

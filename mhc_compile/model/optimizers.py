@@ -139,14 +139,16 @@ class StepHook:
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Look at an optimizer once, and again when its groups have grown."""
-        size = sum(len(group["params"]) for group in _groups(optimizer))
+        mine = {id(p) for group in _groups(optimizer) for p in group["params"]}
+        size = len(mine)
         for reference, seen in self.models:
             model = reference()
             if model is None or seen.get(optimizer) == size:
                 continue
             parameters = [p for _, hc in hyper_connections(model) for p in hc.parameters()]
-            lacking = {id(p) for p in parameters} - {id(p) for g in _groups(optimizer) for p in g["params"]}
-            if lacking and adopt(model, parameters, [optimizer]):
+            lacking = {id(p) for p in parameters} - mine
+            related = any(id(p) in mine for p in model.parameters())
+            if lacking and related and adopt(model, parameters, [optimizer]):
                 for parameter in (p for g in _groups(optimizer) for p in g["params"]):
                     if id(parameter) in lacking:
                         parameter.grad = None

@@ -74,7 +74,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool 
         owner, _, leaf = name.rpartition(".")
         module.train(model.get_submodule(owner).training)
         model.get_submodule(owner).add_module(leaf, module)
-        guarded.append(guard.install(model.get_submodule(owner)))
+        guarded.append(guard.install(model.get_submodule(owner)) if owner else guard.install_below(model))
     try:
         result = model.load_state_dict(state, strict=strict, assign=assign)
     except Exception:
