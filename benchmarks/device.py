@@ -45,6 +45,17 @@ def median_us(function: Callable[[], object], repeat: int = 30, warmup: int = 5,
     return statistics.median(start.elapsed_time(end) * 1000 for start, end in zip(starts, ends, strict=True))
 
 
+def graphed(function: Callable[[], object]) -> Callable[[], object]:
+    """`function` as a CUDA graph: what the device needs, without the host's part of the launches."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def unit_us(tokens: int, width: int) -> float:
     """u: microseconds to move tokens x width bf16 elements once, from a large copy (bytes read plus bytes written)."""
     source = torch.randn(2**29, device="cuda", dtype=torch.float32).to(torch.bfloat16)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import median_us, save, unit_us
+from benchmarks.device import graphed, median_us, save, unit_us
 from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, sinkhorn
 from mhc_compile.ops import CoefficientSpec
 
@@ -31,21 +31,19 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     ]),
     "project": (coefficients, "project_config", []),
     "streams_backward": (boundary, "streams_config", [
-        {"BT": 16, "BC": 64, "num_warps": 4, "num_stages": 2}, {"BT": 16, "BC": 64, "num_warps": 4, "num_stages": 1},
-        {"BT": 16, "BC": 128, "num_warps": 8, "num_stages": 2}, {"BT": 16, "BC": 128, "num_warps": 4, "num_stages": 2},
-        {"BT": 32, "BC": 64, "num_warps": 8, "num_stages": 2}, {"BT": 32, "BC": 32, "num_warps": 4, "num_stages": 2},
-        {"BT": 16, "BC": 32, "num_warps": 2, "num_stages": 2}, {"BT": 16, "BC": 64, "num_warps": 2, "num_stages": 2},
-        {"BT": 32, "BC": 128, "num_warps": 8, "num_stages": 2}, {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 2},
+        {"BT": bt, "BC": bc, "SPAN": span, "num_warps": warps, "num_stages": stages}
+        for bt, bc, span, warps, stages in (
+            (16, 32, 256, 1, 1), (16, 32, 1024, 1, 1), (32, 32, 512, 2, 1), (64, 32, 512, 4, 1), (64, 32, 1024, 4, 2),
+            (64, 32, 512, 4, 2), (64, 32, 4096, 4, 1), (16, 64, 512, 1, 1),
+        )
     ]),
 }  # fmt: skip
 
 
 def project_sweep(total: int) -> list[dict[str, int]]:
     found = []
-    for bt, bk, splits, warps, stages in (
-        (64, 128, 1, 4, 3), (64, 128, 2, 4, 3), (64, 64, 2, 4, 4), (64, 128, 2, 4, 4), (32, 128, 1, 4, 4),
-        (32, 128, 2, 4, 3), (64, 64, 4, 4, 5), (64, 256, 2, 8, 2), (128, 64, 2, 8, 4), (128, 128, 2, 8, 3),
-    ):  # fmt: skip
+    splits = coefficients.project_splits(8192, 32, total, 2)
+    for bt, bk, warps, stages in ((64, 128, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3)):
         found.append({"BT": bt, "BK": bk, "SPAN": total // splits, "num_warps": warps, "num_stages": stages})
     return found
 
@@ -79,15 +77,17 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
     q, h, p = fp32(tokens, n), fp32(tokens, n, n), fp32(tokens, n)
     phi, bias, alphas = fp32(24, n * width) * 0.02, fp32(24), [fp32(1) for _ in range(3)]
     hi, lo = coefficients.halves(phi, torch.bfloat16)
-    partial = coefficients.project(x, hi, lo, 24, 32)
+    splits = coefficients.project_splits(tokens, 32, n * width, 2)
+    partial = coefficients.project(x, hi, lo, 24, 32, splits)
     outs = coefficients.activate(partial, bias, *alphas, n * width, *flat)
     dm, multiple, _ = coefficients_backward.logits_backward(
         p, q, h, outs[3], bias, *alphas, n * width, False, *flat
     )
+    dealt = boundary.dealt_phi(phi, dm.dtype, n)
     return {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
         "pre": (lambda: pre.forward(x, p), n + 1),
-        "project": (lambda: coefficients.project(x, hi, lo, 24, 32), n),
+        "project": (lambda: coefficients.project(x, hi, lo, 24, 32, splits), n),
         "activate": (lambda: coefficients.activate(partial, bias, *alphas, n * width, *flat), 0.0),
         "sinkhorn": (lambda: sinkhorn.forward(h, *list(spec.sinkhorn.op_arguments().values())), 0.0),
         "logits_backward": (
@@ -97,7 +97,7 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
         "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
         "streams_backward": (
-            lambda: boundary.streams_backward(x, g, h, False, du, p, dm, hi, multiple), 3 * n + 1,
+            lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),
     }  # fmt: skip
 
@@ -125,7 +125,7 @@ def main() -> None:
             for config in configs:
                 with configured(module, entry, config):
                     try:
-                        us = median_us(call)
+                        us = median_us(graphed(call))
                     except Exception as error:  # a candidate may not fit the chip; the table says so
                         print(f"  {name:18s} {config}: {type(error).__name__} {str(error)[:80]}")
                         continue

@@ -22,22 +22,40 @@ from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients import padded_rows
 from .coefficients_backward import phi_gradient
-from .launch import by_token, dot
+from .launch import by_token, dot, hint, kernel_op, launch, nonempty
+
+
+GROUP = 32
+"""Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
+
+
+@triton.jit
+def dealt(total, BT: tl.constexpr, BC: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+    """Rename the rows and columns of a tensor-core result so that a thread's 8 values of a row are neighbours.
+
+    A thread of the tensor core holds columns 8 j + 2 t + e (t its place among four, e of 2, j counts blocks of 8) of rows
+    16 w + 8 h + g. Calling them column 8 t + 2 j + e and row 8 W h + 8 w + g makes the layout the one of plain 16-byte
+    loads, so that nothing passes through shared memory. phi's columns and dm's rows are permuted to fit (`dealt_phi`).
+    """
+    parts = tl.reshape(total, (BT // (16 * WARPS), WARPS, 2, 8, BC // 32, 4, 4, 2))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3, 4, 6, 5, 7)), (BT, BC))
 
 
 @triton.jit
 def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr, COEFFICIENTS: tl.constexpr,
-    TWO: tl.constexpr,
+    N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
+    WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr,
 ) -> None:  # noqa: ANN001  # fmt: skip
-    """Program: BT tokens, all channels, all streams.
-
-    The element-wise terms are the accumulator that the dot product starts from: so every load of the loop belongs to a dot,
-    is prefetched through shared memory, and is read from there in the tensor core's own layout.
-    """
-    rows = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+    """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
+    SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
+    MASKED: tl.constexpr = C % BC != 0
+    CP: tl.constexpr = (C + 31) // 32 * 32
+    program = tl.program_id(0)
+    base = (program // SPANS).to(tl.int64) * BT
+    line = tl.arange(0, BT)
+    rows = (base + line)[:, None]
     there = rows < tokens
     if POST and HAS_RES:
         h = ()
@@ -47,51 +65,73 @@ def streams_backward_kernel(
         p = ()
         for i in tl.static_range(N):
             p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+    ks = tl.arange(0, KP)
     if COEFFICIENTS:
-        ks = tl.arange(0, KP)
-        dm = tl.load(dm_ptr + rows * WIDTH + ks[None, :], mask=there, other=0.0)
+        block = line // (16 * WARPS) * (16 * WARPS)
+        core = (base + block + (line // 8 % 2) * (8 * WARPS) + (line // 16 % WARPS) * 8 + line % 8)[:, None]
+        dm = tl.load(dm_ptr + core * WIDTH + ks[None, :], mask=core < tokens, other=0.0)
         if TWO:
-            low = tl.load(dm_ptr + rows * WIDTH + KP + ks[None, :], mask=there, other=0.0)
+            low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
-    for start in range(0, C, BC):
+    first = (program % SPANS) * SPAN
+    for start in range(first, first + SPAN, BC):
         columns = (start + tl.arange(0, BC))[None, :]
-        mask = there & (columns < C)
+        mask = (there & (columns < C)) if MASKED else there
         state = rows * (N * C) + columns
+        if COEFFICIENTS:
+            phis = ()
+            xs = ()
+            for i in tl.static_range(N):
+                offsets = ks[:, None] * (N * CP) + i * CP + columns
+                if MASKED:
+                    phis = phis + (tl.load(phi_ptr + offsets, mask=columns < CP, other=0.0),)  # noqa: RUF005
+                else:
+                    phis = phis + (tl.load(phi_ptr + offsets),)  # noqa: RUF005
+            for i in tl.static_range(N):
+                xs = xs + (tl.load(x_ptr + state + i * C, mask=mask, other=0.0),)  # noqa: RUF005
         if POST:
             gs = ()
             for o in tl.static_range(N):
-                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0).to(tl.float32),)  # noqa: RUF005
+                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)  # noqa: RUF005
         if PRE:
-            du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0).to(tl.float32)
-        results = ()
+            du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0)
         for i in tl.static_range(N):
             total = tl.zeros((BT, BC), dtype=tl.float32)
+            if COEFFICIENTS:
+                core_total = dot(dm, phis[i], total)
+                if TWO:
+                    core_total = dot(low, phis[i], core_total)
+                total = dealt(core_total, BT, BC, WARPS) + multiple * xs[i].to(tl.float32)
             if POST:
                 if HAS_RES:
                     for o in tl.static_range(N):
-                        total += h[i * N + o if TRANSPOSE else o * N + i] * gs[o]
+                        total += h[i * N + o if TRANSPOSE else o * N + i] * gs[o].to(tl.float32)
                 else:
-                    total += gs[i]
+                    total += gs[i].to(tl.float32)
             if PRE:
-                total += p[i] * du
-            if COEFFICIENTS:
-                total += multiple * tl.load(x_ptr + state + i * C, mask=mask, other=0.0).to(tl.float32)
-                known = (ks < K)[:, None] & (columns < C)
-                phi = tl.load(phi_ptr + ks[:, None] * (N * C) + i * C + columns, mask=known, other=0.0)
-                total = dot(dm, phi, total)
-                if TWO:
-                    total = dot(low, phi, total)
-            results = results + (total,)  # noqa: RUF005
-        for i in tl.static_range(N):
-            tl.store(out_ptr + state + i * C, results[i].to(out_ptr.dtype.element_ty), mask=mask)
+                total += p[i] * du.to(tl.float32)
+            tl.store(out_ptr + state + i * C, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def streams_config(tokens: int, width: int) -> dict[str, int]:
-    """Tile: 16 tokens (the least the tensor core takes) by up to 64 channels."""
-    return {"BT": 16, "BC": max(16, min(64, int(triton.next_power_of_2(width)))), "num_warps": 4, "num_stages": 2}
+    """One warp with 16 tokens by 32 channels a step; a program walks over up to 512 channels."""
+    return {"BT": 16, "BC": 32, "SPAN": min(512, triton.cdiv(width, 32) * 32), "num_warps": 1, "num_stages": 1}
 
 
-@torch.library.custom_op("mhc_kernel::streams_backward", mutates_args=())
+def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
+    """phi [K, nC] -> [KP, n, C rounded up to 32] in `dtype`, zero-padded, columns in the order that `dealt` undoes.
+
+    One bf16 copy is enough here: its rounding is that of one term of a gradient that is rounded to bf16 itself.
+    """
+    rows, width = phi.shape[0], phi.shape[1] // streams
+    padded = triton.cdiv(width, GROUP) * GROUP
+    copy = phi.to(dtype).reshape(rows, streams, width)
+    copy = torch.nn.functional.pad(copy, (0, padded - width, 0, 0, 0, padded_width(rows) - rows))
+    groups = copy.reshape(padded_width(rows), streams, padded // GROUP, 4, 4, 2)
+    return groups.transpose(3, 4).reshape(padded_width(rows), streams, padded)
+
+
+@kernel_op("streams_backward")
 def streams_backward(
     streams: Tensor,
     grad: Tensor | None,
@@ -106,17 +146,17 @@ def streams_backward(
     """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given.
 
     grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T, KP]
-    float32) with phi [K, nC] in dm's dtype and multiple [T].
+    float32) with phi [KP, n, CP] from `dealt_phi` and multiple [T].
     """
     x = by_token(streams, 2)
     tokens, n, width = x.shape
     out = torch.empty_like(x)
-    if tokens:
-        config = streams_config(tokens, width)
-        rows = 1 if phi is None else phi.shape[0]
-        padded = 16 if dm is None else padded_width(rows)
-        grid = (triton.cdiv(tokens, config["BT"]),)
-        streams_backward_kernel[grid](
+    if nonempty(tokens):
+        config = streams_config(hint(tokens), width)
+        padded = 16 if phi is None else phi.shape[0]
+        grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),)
+        launch(
+            streams_backward_kernel, grid,
             x,
             x if grad is None else by_token(grad, 2),
             x if h_res is None else by_token(h_res, 2),
@@ -129,7 +169,6 @@ def streams_backward(
             tokens,
             C=width,
             N=n,
-            K=rows,
             KP=padded,
             WIDTH=padded if dm is None else dm.shape[1],
             POST=grad is not None,
@@ -138,6 +177,7 @@ def streams_backward(
             PRE=du is not None,
             COEFFICIENTS=dm is not None,
             TWO=dm is not None and dm.shape[1] == 2 * padded,
+            WARPS=config["num_warps"],
             **config,
         )
     return out.view(streams.shape)
@@ -163,20 +203,15 @@ def padded_width(rows: int) -> int:
     return max(16, int(triton.next_power_of_2(rows + 1)))
 
 
-def dm_operand(phi: Tensor, dm_dtype: torch.dtype) -> Tensor:
-    """phi in the dtype of dm: one bf16 copy is enough here, its rounding is that of one term of a bf16 gradient."""
-    return phi.to(dm_dtype)
-
-
 def coefficients_pieces(*args: Any) -> tuple[Tensor, ...]:
-    """The arguments of `mhc::coefficients_backward` -> (its six results, the first empty; then dm, phi in dm's dtype and
-    the multiple of vec(X), from which `streams_backward` makes the first). Traced into the graph."""
+    """The arguments of `mhc::coefficients_backward` -> (its six results, the first empty; then dm, `dealt_phi` and the
+    multiple of vec(X), from which `streams_backward` makes the first). Traced into the graph."""
     from mhc_compile.ops.coefficients import split_backward_arguments
 
     grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
     dm, multiple, sums = logits_gradients(grads, x, bias, alphas, projection, spec, args[11:])
     parameters = parameter_gradients(dm, sums, x, phi, bias, alphas, spec, needs)
-    return (x.new_empty(0), *parameters, dm, dm_operand(phi, dm.dtype), multiple)
+    return (x.new_empty(0), *parameters, dm, dealt_phi(phi, dm.dtype, x.shape[-2]), multiple)
 
 
 def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .launch import FLOATS, STREAMS, by_token, dot
+from .launch import FLOATS, STREAMS, by_token, dot, hint, kernel_op, launch, nonempty, tokens_of
 from .sinkhorn import constants as sinkhorn_constants
 from .sinkhorn import iterate, tokens_a_program
 from .sinkhorn import spec_refusal as sinkhorn_refusal
@@ -109,7 +109,7 @@ def project_kernel(
 def part_logits(
     partial_ptr, bias_ptr, alpha_ptr, offsets, lines, mask, r, tokens, START: tl.constexpr, KP: tl.constexpr,
     SPLITS: tl.constexpr,
-) -> Any:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # noqa: ANN001  # fmt: skip
     """(m, m / r * alpha + bias) of one part; `offsets` are token * KP + row, `lines` the row within phi."""
     m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
@@ -167,43 +167,51 @@ def activate_kernel(
         tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
 
 
-def project_config(tokens: int, rows: int, total: int, itemsize: int) -> dict[str, int]:
-    """Tile and splits: enough programs for every multiprocessor; small T splits the channels instead of idling."""
-    bt = 16 if tokens <= 32 else 64
-    bk = 128 if itemsize == 2 else 64
-    programs = triton.cdiv(max(tokens, 1), bt)
-    splits = 1
-    while programs * splits < 264 and splits < 16 and total // (splits * 2) >= 4 * bk:
+def project_tile(tokens: int, padded: int, itemsize: int) -> tuple[int, int]:
+    """(tokens, channels) of a tile: 128 x 128 where there are enough tokens and phi is narrow."""
+    if itemsize > 2 or padded > 64:
+        return (16 if tokens <= 32 else 32), 64
+    return (16 if tokens <= 32 else 64 if tokens <= 1024 else 128), 128
+
+
+def project_splits(tokens: int, padded: int, total: int, itemsize: int) -> int:
+    """Parts of the channels that make enough programs for every multiprocessor: the fewer tokens, the more parts."""
+    bt, bk = project_tile(tokens, padded, itemsize)
+    programs, splits = triton.cdiv(max(tokens, 1), bt), 1
+    while programs * splits < 128 and splits < 16 and total // (splits * 2) >= 4 * bk:
         splits *= 2
-    if rows > 64:
-        bt, bk = min(bt, 32), 64
+    return splits
+
+
+def project_config(tokens: int, padded: int, total: int, itemsize: int, splits: int) -> dict[str, int]:
+    """Tile, channels a program, warps and stages."""
+    bt, bk = project_tile(tokens, padded, itemsize)
     span = triton.cdiv(triton.cdiv(total, splits), bk) * bk
-    return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
+    return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 8 if bt == 128 else 4, "num_stages": 3 if itemsize == 2 else 2}
 
 
-@torch.library.custom_op("mhc_kernel::project", mutates_args=())
-def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int) -> Tensor:
+@kernel_op("project")
+def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int, splits: int) -> Tensor:
     """X [..., n, C], halves of phi [K, nC] -> partial sums [S, T, KP]: column k < K of phi, column K of x^2.
 
-    S (the number of splits) is data of the launch, so the result is summed over S by who reads it; T = 0 gives S = 1.
+    S = `splits` parts of the channels, for few tokens; who reads the result sums over S.
     """
     x3 = by_token(x, 2)
     tokens, total = x3.shape[0], x3.shape[1] * x3.shape[2]
-    config = project_config(tokens, padded, total, x.element_size())
-    splits = triton.cdiv(total, config["SPAN"])
+    config = project_config(hint(tokens), padded, total, x.element_size(), splits)
     out = torch.empty((splits, tokens, padded), dtype=torch.float32, device=x.device)
-    if tokens:
+    if nonempty(tokens):
         lo = phi_hi if phi_lo is None else phi_lo
-        project_kernel[(triton.cdiv(tokens, config["BT"]), splits)](
+        launch(
+            project_kernel, (triton.cdiv(tokens, config["BT"]), splits),
             x3, phi_hi, lo, out, tokens, TOTAL=total, K=rows, KP=padded, TWO=phi_lo is not None, **config
         )
-    return out if splits == 1 else out.sum(0, keepdim=True)
+    return out
 
 
 @project.register_fake
-def _(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int) -> Tensor:
-    tokens = x.shape[0] if x.dim() == 3 else x.flatten(0, -3).shape[0]
-    return x.new_empty((1, tokens, padded), dtype=torch.float32)
+def _(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int, splits: int) -> Tensor:
+    return x.new_empty((splits, tokens_of(x), padded), dtype=torch.float32)
 
 
 def run_activate(
@@ -217,10 +225,11 @@ def run_activate(
     h_post = partial.new_empty((tokens, spec.part_size("post")), dtype=mix)
     h_res = partial.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix)
     projection = partial.new_empty((tokens, spec.rows + 1))
-    if tokens:
+    if nonempty(tokens):
         block = tokens_a_program(n)
         a = {part: bias if alpha is None else alpha for part, alpha in alphas.items()}
-        activate_kernel[(triton.cdiv(tokens, block),)](
+        launch(
+            activate_kernel, (triton.cdiv(tokens, block),),
             partial, bias, a["pre"], a["post"], a["res"], h_pre, h_post, h_res, projection, tokens,
             TOTAL=total, SPLITS=splits, TOKENS=block, num_warps=1, **activation_constants(spec),
         )  # fmt: skip
@@ -242,9 +251,8 @@ def spec_of(flat: tuple[Any, ...]) -> CoefficientSpec:
     return CoefficientSpec.from_op_arguments(dict(zip(ATTRIBUTES, flat, strict=True)))
 
 
-@torch.library.custom_op(
-    "mhc_kernel::activate",
-    mutates_args=(),
+@kernel_op(
+    "activate",
     schema=(
         "(Tensor partial, Tensor bias, Tensor alpha_pre, Tensor? alpha_post, Tensor? alpha_res, int total, "
         f"{_ATTRIBUTES}) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -281,7 +289,9 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, phi, bias, alphas, spec = split_arguments(args)
     batch, total = x.shape[:-2], phi.shape[1]
     hi, lo = (phi.to(torch.float32), None) if x.dtype == torch.float32 else halves(phi, x.dtype)
-    partial = torch.ops.mhc_kernel.project.default(x, hi, lo, spec.rows, padded_rows(spec))
+    padded = padded_rows(spec)
+    splits = project_splits(hint(tokens_of(x)), padded, total, x.element_size())
+    partial = torch.ops.mhc_kernel.project.default(x, hi, lo, spec.rows, padded, splits)
     h_pre, h_post, h_res, projection = torch.ops.mhc_kernel.activate.default(
         partial, bias, alphas["pre"], alphas["post"], alphas["res"], total, *args[6:]
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, padded_rows, spec_of
+from .launch import kernel_op, launch, nonempty
 from .sinkhorn import iterate_backward, tokens_a_program
 
 
@@ -34,7 +35,7 @@ def store_halves(out_ptr, offsets, value, mask, KP: tl.constexpr, TWO: tl.conste
 def vector_part(
     grad_ptr, projection_ptr, bias_ptr, alpha_ptr, token, lines, mask, r, START: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr, HAS: tl.constexpr,
-) -> Any:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # noqa: ANN001  # fmt: skip
     """(dp, z, alpha) of pre or post: dp the gradient of z * alpha + bias."""
     z = tl.load(projection_ptr + token * (K + 1) + START + lines, mask=mask, other=0.0) / r
     alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -120,9 +121,8 @@ def logits_backward_kernel(
     tl.store(multiple_ptr + token, multiple, mask=there)
 
 
-@torch.library.custom_op(
-    "mhc_kernel::logits_backward",
-    mutates_args=(),
+@kernel_op(
+    "logits_backward",
     schema=(
         "(Tensor? d_pre, Tensor? d_post, Tensor? d_res, Tensor projection, Tensor bias, Tensor alpha_pre, "
         f"Tensor? alpha_post, Tensor? alpha_res, int total, bool wide, {ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor)"
@@ -142,12 +142,13 @@ def logits_backward(
     block = tokens_a_program(spec.streams)
     programs = triton.cdiv(tokens, block)
     sums = projection.new_zeros((programs, spec.rows + 3))
-    if tokens:
+    if nonempty(tokens):
         bias = bias.contiguous()
         given = [None if g is None else g.contiguous() for g in (d_pre, d_post, d_res)]
         g = [projection if value is None else value for value in given]
         a = [bias if alpha is None else alpha for alpha in (alpha_pre, alpha_post, alpha_res)]
-        logits_backward_kernel[(programs,)](
+        launch(
+            logits_backward_kernel, (programs,),
             *g, projection.contiguous(), bias, *a, dm, multiple, sums, tokens, TOTAL=total,
             HAS_PRE=given[0] is not None, HAS_POST=given[1] is not None, HAS_RES=given[2] is not None,
             TWO=not wide, WIDTH=width, TOKENS=block, num_warps=1, **activation_constants(spec),

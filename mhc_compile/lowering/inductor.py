@@ -124,6 +124,7 @@ class LowerPass(CustomGraphPass):
         self.key = key
 
     def __call__(self, graph: fx.Graph) -> None:
+        """Fuse, then lower."""
         if not any(node.target in TARGETS for node in graph.nodes):
             return
         if getattr(self.options, "fuse", True) and getattr(self.options, "lowering", "auto") != "native":
@@ -137,6 +138,24 @@ class LowerPass(CustomGraphPass):
         return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)), self.key)
 
 
+class LaunchPass(CustomGraphPass):
+    """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and the
+    passes before this one expect a functional graph)."""
+
+    def __init__(self, log: LoweringLog) -> None:
+        self.log = log
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Open every call of a kernel in `graph`."""
+        if any(str(node.target).startswith("mhc_kernel.") for node in graph.nodes):
+            kernels.expand_launches(graph, self.log)
+            graph.lint()
+
+    def uuid(self) -> Any:
+        """Identity for inductor's caches."""
+        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted())
+
+
 def config_patches(options: Any, log: LoweringLog, key: str = "") -> dict[str, object]:
     """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
 
@@ -144,8 +163,10 @@ def config_patches(options: Any, log: LoweringLog, key: str = "") -> dict[str, o
     when nothing is lowered). `key` is the identity of what torch's cache keys leave out: tags on the graph's nodes (a
     recompute plan).
     """
-    passes = chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
-    return {"post_grad_custom_pre_pass": passes}
+    return {
+        "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key)),
+        "post_grad_custom_post_pass": chain_graph_passes("post_grad_custom_post_pass", LaunchPass(log)),
+    }
 
 
 __all__ = ["BACKWARD_TARGETS", "FORWARD_TARGETS", "LowerPass", "config_patches", "lower", "native_body", "source_hash"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mhc_compile.compat import triton_version
+from mhc_compile.compat import keep_kernel_launches, triton_version
 
-from .base import LoweringLog, device_of, fake
+from .base import LoweringLog, arguments, device_of, fake
 from .inline import replace_by_function
 
 
@@ -76,6 +76,31 @@ def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
         "coefficients_backward": boundary.coefficients_backward,
     }
     replace_by_function(node, functions[name], list(named.values()))
+
+
+def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
+    """Replace every `mhc_kernel::` call by its allocations and launches, which inductor emits in its own wrapper.
+
+    Left as it is (one opaque call, some tens of microseconds of Python) under the interpreter, or where torch cannot trace
+    the launch; the reason is logged. Returns how many calls were opened.
+    """
+    from .launch import KERNEL_OPS, traced_launches
+
+    keep_kernel_launches()
+    opened = 0
+    for node in [node for node in graph.nodes if node.target in KERNEL_OPS]:
+        name = str(node.target).removesuffix(".default")
+        if interpreted():
+            log.record(name, "opaque", "the interpreter's kernels cannot be traced")
+            continue
+        try:
+            with traced_launches():
+                replace_by_function(node, KERNEL_OPS[node.target], list(arguments(node).values()))
+        except Exception as error:  # torch's tracing of user kernels differs between versions; the opaque call is right too
+            log.record(name, "opaque", f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        opened += 1
+    return opened
 
 
 def fuse(graph: fx.Graph, log: LoweringLog) -> None:

@@ -5,13 +5,18 @@ This module imports Triton; nothing of the package imports it before a kernel is
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mhc_compile.compat import size_hint
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported): on CPU tensors, in tests."""
@@ -20,6 +25,51 @@ _UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMS = (1, 2, 3, 4, 8)
+
+
+KERNEL_OPS: dict[Any, Callable[..., Any]] = {}
+"""Overload of each `mhc_kernel::` op -> the plain function that launches its kernels."""
+
+_traced: contextvars.ContextVar[bool] = contextvars.ContextVar("mhc_traced_launch", default=False)
+
+
+def kernel_op(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Register a launcher as the custom op `mhc_kernel::<name>` and remember the plain function for `inlined`."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        definition = torch.library.custom_op(f"mhc_kernel::{name}", function, mutates_args=(), schema=schema)
+        KERNEL_OPS[getattr(torch.ops.mhc_kernel, name).default] = function
+        return definition
+
+    return register
+
+
+@contextlib.contextmanager
+def traced_launches() -> Iterator[None]:
+    """Within it, `launch` leaves a node for inductor (which launches the kernel from its own wrapper) and runs nothing."""
+    token = _traced.set(True)
+    try:
+        yield
+    finally:
+        _traced.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **constants: Any) -> None:
+    """Launch `kernel`; runtime arguments by position, compile-time constants and num_warps, num_stages by name."""
+    if _traced.get():
+        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def hint(size: Any, default: int = 8192) -> int:
+    """A size to choose a configuration by; for a symbolic size its example, without a guard on it."""
+    return size_hint(size, default)
+
+
+def nonempty(size: Any) -> bool:
+    """False for 0; a symbolic size is taken as positive (torch specialises 0 and 1)."""
+    return not isinstance(size, int) or size > 0
 
 
 def tokens_of(streams: Tensor) -> int:
@@ -47,7 +97,7 @@ def chunk_of(width: int, candidates: tuple[int, ...] = (1024, 512)) -> int:
 
 
 @triton.jit
-def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> Any:  # noqa: ANN001  # Triton's own types
+def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:  # noqa: ANN001  # Triton's own types
     """One row of channels as float32; unmasked where the block divides the width, so that loads stay 16 bytes wide."""
     if MASKED:
         value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
@@ -66,7 +116,7 @@ def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> Non
 
 
 @triton.jit
-def dot(a, b, total) -> Any:  # noqa: ANN001
+def dot(a, b, total) -> tl.tensor:  # noqa: ANN001
     """a @ b + total, exact products for float32; the interpreter holds bf16 as raw bits and must be given float32."""
     if _UPCAST:
         a = a.to(tl.float32)
@@ -75,7 +125,7 @@ def dot(a, b, total) -> Any:  # noqa: ANN001
 
 
 @triton.jit
-def load_scalars(pointer, COUNT: tl.constexpr) -> Any:  # noqa: ANN001
+def load_scalars(pointer, COUNT: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """COUNT consecutive float32 scalars as a tuple, loaded before any loop so that no store can hold them back."""
     values = ()
     for index in tl.static_range(COUNT):

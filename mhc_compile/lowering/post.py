@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOATS, STREAMS, by_token, chunk_of, load_row, load_scalars, store_row
+from .launch import (
+    FLOATS,
+    STREAMS,
+    by_token,
+    chunk_of,
+    kernel_op,
+    launch,
+    load_row,
+    load_scalars,
+    nonempty,
+    store_row,
+)
 
 INNER = 8
 """Neighbouring channels of one thread: 16 bytes of bf16. Summed inside the thread before the threads are."""
@@ -124,16 +135,17 @@ def dots_config(width: int) -> dict[str, int]:
     return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
 
 
-@torch.library.custom_op("mhc_kernel::post", mutates_args=())
+@kernel_op("post")
 def forward(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool) -> Tensor:
     """The arguments of `mhc::post` -> X', by the kernel."""
     x, branch, q = by_token(streams, 2), by_token(y, 1), by_token(h_post, 1)
     tokens, n, width = x.shape
     out = torch.empty_like(x, dtype=torch.promote_types(streams.dtype, y.dtype))
-    if tokens:
+    if nonempty(tokens):
         config = post_config(width)
         h = q if h_res is None else by_token(h_res, 2)
-        post_kernel[(tokens * triton.cdiv(width, config["BC"]),)](
+        launch(
+            post_kernel, (tokens * triton.cdiv(width, config["BC"]),),
             x, branch, q, h, out, C=width, N=n, HAS_RES=h_res is not None, TRANSPOSE=transpose, **config
         )
     return out.view(streams.shape)
@@ -144,7 +156,7 @@ def _(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpos
     return streams.new_empty(streams.shape, dtype=torch.promote_types(streams.dtype, y.dtype))
 
 
-@torch.library.custom_op("mhc_kernel::post_dots", mutates_args=())
+@kernel_op("post_dots")
 def dots(
     grad: Tensor, streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,8 +166,9 @@ def dots(
     dy = torch.empty_like(branch) if need_y else branch.new_empty(0)
     d_post = torch.empty_like(q)
     d_res = q.new_empty(0) if h_res is None else torch.empty_like(h_res, memory_format=torch.contiguous_format)
-    if tokens:
-        post_dots_kernel[(tokens,)](
+    if nonempty(tokens):
+        launch(
+            post_dots_kernel, (tokens,),
             g, x, branch, q, dy, d_post, d_res, C=width, N=n, TRANSPOSE=transpose, NEED_Y=need_y,
             NEED_RES=h_res is not None, **dots_config(width),
         )  # fmt: skip

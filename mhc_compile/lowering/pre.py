@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOATS, STREAMS, by_token, chunk_of, load_row, load_scalars, store_row
+from .launch import (
+    FLOATS,
+    STREAMS,
+    by_token,
+    chunk_of,
+    kernel_op,
+    launch,
+    load_row,
+    load_scalars,
+    nonempty,
+    store_row,
+)
 from .post import dots_config
 
 
@@ -63,15 +74,16 @@ def pre_dots_kernel(
         tl.store(out_ptr + token * N + i, tl.sum(dp[i], axis=0).to(out_ptr.dtype.element_ty))
 
 
-@torch.library.custom_op("mhc_kernel::pre", mutates_args=())
+@kernel_op("pre")
 def forward(streams: Tensor, h_pre: Tensor) -> Tensor:
     """X [..., n, C], h_pre [..., n] -> u [..., C], by the kernel."""
     x, p = by_token(streams, 2), by_token(h_pre, 1)
     tokens, n, width = x.shape
     out = x.new_empty((tokens, width))
-    if tokens:
+    if nonempty(tokens):
         block = chunk_of(width)
-        pre_kernel[(tokens * triton.cdiv(width, block),)](
+        launch(
+            pre_kernel, (tokens * triton.cdiv(width, block),),
             x, p, out, C=width, N=n, BC=block, num_warps=max(1, min(4, block // 256))
         )
     return out.view(*streams.shape[:-2], width)
@@ -82,14 +94,14 @@ def _(streams: Tensor, h_pre: Tensor) -> Tensor:
     return streams.new_empty((*streams.shape[:-2], streams.shape[-1]))
 
 
-@torch.library.custom_op("mhc_kernel::pre_dots", mutates_args=())
+@kernel_op("pre_dots")
 def dots(grad: Tensor, streams: Tensor, h_pre: Tensor) -> Tensor:
     """du [..., C] -> dh_pre [..., n] in the dtype of h_pre, by the kernel."""
     g, x = by_token(grad, 1), by_token(streams, 2)
     tokens, n, width = x.shape
     out = h_pre.new_empty(h_pre.shape)
-    if tokens:
-        pre_dots_kernel[(tokens,)](g, x, out, C=width, N=n, **dots_config(width))
+    if nonempty(tokens):
+        launch(pre_dots_kernel, (tokens,), g, x, out, C=width, N=n, **dots_config(width))
     return out
 
 

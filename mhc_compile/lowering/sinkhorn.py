@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mhc_compile.ops.spec import SinkhornSpec
 
-from .launch import FLOATS, STREAMS, by_token
+from .launch import FLOATS, STREAMS, by_token, kernel_op, launch, nonempty
 
 MAX_BACKWARD_STEPS = 64
 TOKENS = 8
@@ -54,7 +54,7 @@ def constants(spec: SinkhornSpec | None) -> dict[str, Any]:
 
 
 @triton.jit
-def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> Any:  # noqa: ANN001
+def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """The sums of padding lines become 1, so that dividing by them changes nothing."""
     if N != NP:
         line = tl.arange(0, NP)
@@ -64,7 +64,7 @@ def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> 
 
 
 @triton.jit
-def divisor(m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> Any:  # noqa: ANN001
+def divisor(m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """The divisors of one half step along AXIS, kept as a dimension of size 1."""
     total = tl.sum(m, axis=AXIS, keep_dims=True)
     if CLAMP:
@@ -75,14 +75,14 @@ def divisor(m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl
 
 
 @triton.jit
-def log_sum(m, AXIS: tl.constexpr) -> Any:  # noqa: ANN001
+def log_sum(m, AXIS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """logsumexp along AXIS, kept as a dimension of size 1."""
     top = tl.max(m, axis=AXIS, keep_dims=True)
     return top + tl.log(tl.sum(tl.exp(m - top), axis=AXIS, keep_dims=True))
 
 
 @triton.jit
-def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> Any:  # noqa: ANN001
+def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """The matrix the half steps start from; padding is 0 (-1e30 for `log`)."""
     if POSITIVITY == "softmax":
         low = tl.where(valid, x, -1e30)
@@ -104,7 +104,7 @@ def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> 
 def half_step(
     m, valid, AXIS: tl.constexpr, LOG: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr,
-) -> Any:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # noqa: ANN001  # fmt: skip
     """One normalisation along AXIS (2 = row, 1 = column)."""
     if LOG:
         return tl.where(valid, m - log_sum(m, AXIS), -1e30)
@@ -115,7 +115,7 @@ def half_step(
 def iterate(
     x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-) -> Any:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # noqa: ANN001  # fmt: skip
     """Logits [B, NP, NP] -> the projected matrix."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
@@ -134,7 +134,7 @@ def iterate(
 def iterate_backward(
     g, x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-) -> Any:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # noqa: ANN001  # fmt: skip
     """Gradient [B, NP, NP] of the projected matrix -> gradient of the logits."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
@@ -167,7 +167,7 @@ def iterate_backward(
 
 
 @triton.jit
-def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> Any:  # noqa: ANN001
+def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """Gradient of `positive`; the row maximum carries its share, ties evenly, as torch.amax does."""
     if POSITIVITY == "softmax":
         low = tl.where(valid, x, -1e30)
@@ -188,7 +188,7 @@ def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> Any:  # noqa: AN
 
 
 @triton.jit
-def matrix_offsets(program, tokens, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> Any:  # noqa: ANN001
+def matrix_offsets(program, tokens, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:  # noqa: ANN001
     """(offsets into [T, n, n], mask of what exists, mask of what is no padding), each [B, NP, NP]."""
     token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row = tl.arange(0, NP)[None, :, None]
@@ -230,7 +230,7 @@ def tokens_a_program(n: int) -> int:
     return max(1, min(32, 128 // triton.next_power_of_2(n) ** 2))
 
 
-@torch.library.custom_op("mhc_kernel::sinkhorn", mutates_args=())
+@kernel_op("sinkhorn")
 def forward(
     logits: Tensor, positivity: str, positive_eps: float, first: str, steps: int, eps: float, eps_mode: str
 ) -> Tensor:
@@ -239,9 +239,10 @@ def forward(
     x = by_token(logits, 2)
     out = torch.empty_like(x)
     tokens, n = x.shape[0], x.shape[-1]
-    if tokens:
+    if nonempty(tokens):
         block = tokens_a_program(n)
-        sinkhorn_kernel[(triton.cdiv(tokens, block),)](
+        launch(
+            sinkhorn_kernel, (triton.cdiv(tokens, block),),
             x, out, tokens, N=n, NP=triton.next_power_of_2(n), TOKENS=block, num_warps=1, **constants(spec)
         )
     return out.view(logits.shape)
@@ -254,7 +255,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("mhc_kernel::sinkhorn_backward", mutates_args=())
+@kernel_op("sinkhorn_backward")
 def backward(
     grad: Tensor,
     logits: Tensor,
@@ -270,9 +271,10 @@ def backward(
     x, g = by_token(logits, 2), by_token(grad, 2)
     out = torch.empty_like(x)
     tokens, n = x.shape[0], x.shape[-1]
-    if tokens:
+    if nonempty(tokens):
         block = tokens_a_program(n)
-        sinkhorn_backward_kernel[(triton.cdiv(tokens, block),)](
+        launch(
+            sinkhorn_backward_kernel, (triton.cdiv(tokens, block),),
             g, x, out, tokens, N=n, NP=triton.next_power_of_2(n), TOKENS=block, num_warps=1, **constants(spec)
         )
     return out.view(logits.shape)

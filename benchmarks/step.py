@@ -1,0 +1,115 @@
+"""A training step of decoder layers: python -m benchmarks.step [--layers 4] [--only mhc].
+
+Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM head, forward and backward of a batch of
+2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.device import median_us, save
+from mhc_compile.backend import mhc
+
+ROWS: dict[str, dict[str, Any] | None] = {
+    "plain, inductor": None,
+    "mhc": {},
+    "mhc, single_pass": {"variant": "single_pass"},
+    "mhc, identity": {"variant": "identity"},
+    "mhc, native bodies": {"lowering": "native"},
+}
+
+
+def build(layers: int) -> nn.Module:
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        num_hidden_layers=layers, vocab_size=1024, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3Model(config).to(device="cuda", dtype=torch.bfloat16).train()
+
+
+def measure(options: dict[str, Any] | None, layers: int, tokens: Tensor, profile: bool) -> dict[str, Any]:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = build(layers)
+    compiled: Any = torch.compile(model) if options is None else torch.compile(model, backend=mhc, options=options)
+
+    def step() -> None:
+        out = compiled(input_ids=tokens, use_cache=False).last_hidden_state
+        out.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    compile_s = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = median_us(step, repeat=20, warmup=4, flush=False) / 1000
+    if profile:
+        show_kernels(step)
+    return {
+        "step_ms": milliseconds, "compile_s": compile_s, "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
+    }  # fmt: skip
+
+
+def show_kernels(step: Any) -> None:
+    """The kernels of a step by device time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as run:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    rows = sorted(run.key_averages(), key=lambda row: -row.self_device_time_total)
+    print(f"    device total {sum(row.self_device_time_total for row in rows) / 3000:.2f} ms a step")
+    for row in rows[:28]:
+        print(f"    {row.self_device_time_total / 3000:8.3f} ms  {row.count // 3:4d} x  {row.key[:90]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--only", nargs="*", default=None, help="exact names of rows")
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    tokens = torch.randint(0, 1024, (arguments.batch, arguments.length), device="cuda")
+    results: dict[str, Any] = {}
+    base = None
+    for name, options in ROWS.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        try:
+            row = measure(options, arguments.layers, tokens, arguments.profile)
+        except Exception as error:  # a failing row is a row of the table
+            results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+            print(f"{name:24s} {results[name]['status']}", flush=True)
+            continue
+        base = row["step_ms"] if options is None else base
+        if base:
+            row["over_plain"] = row["step_ms"] / base - 1
+        results[name] = row
+        over = f"{row['over_plain']:+.1%}" if "over_plain" in row else ""
+        print(
+            f"{name:24s} step {row['step_ms']:7.2f} ms {over:8s} compile {row['compile_s']:6.1f} s  "
+            f"peak {row['peak_GiB']:.2f} GiB",
+            flush=True,
+        )
+    if not arguments.only:
+        print(save("step", {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length], "results": results}))
+
+
+if __name__ == "__main__":
+    main()

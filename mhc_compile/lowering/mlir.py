@@ -1,0 +1,355 @@
+"""MLIR: a converted graph for other compilers and other hardware, and as text for tests.
+
+``to_mlir`` traces the graph to ATen, replaces each semantic op by its traced native body (one trace for each shape and
+set of attributes, so that eight Sinkhorn loops cost one), and lets torch-mlir import and lower it. ``run_mlir``
+compiles the result and runs it on the CPU, see ``mlir_engines``. torch-mlir is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from mhc_compile import compat
+from mhc_compile.errors import LayoutError, MhcError, MissingDependencyError, OptionError
+from mhc_compile.ops import OPS
+
+from . import mlir_engines
+from .base import BACKWARD_TARGETS, FORWARD_TARGETS
+from .inline import inline, replace
+from .mlir_engines import Slot
+
+OUTPUT_TYPES = ("linalg-on-tensors", "torch", "stablehlo", "tosa")
+WEIGHTS = ("inline", "external")
+PIP = "pip install 'mhc-compile[mlir]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class MlirModule:
+    """A lowered graph: ``str()`` is its text, ``module`` torch-mlir's own object, its one function is ``main``."""
+
+    module: Any
+    output_type: str
+    weights: Mapping[str, Tensor]
+    """Leading arguments of ``main``, in order; empty where the weights are constants of the text."""
+    arguments: Sequence[Slot]
+    """Of ``main``: the weights that are external, then the inputs."""
+    results: Sequence[Slot | None]
+    """Of ``main``; None for an integer."""
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, large_elements: int | None = None) -> str:
+        """The module as text; constants of more elements than ``large_elements`` are left out (it no longer compiles)."""
+        text: str = self.module.operation.get_asm(large_elements_limit=large_elements, enable_debug_info=False)
+        return text
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole text."""
+        Path(path).write_text(self.text(), encoding="utf-8")
+
+
+def to_mlir(
+    graph: fx.GraphModule,
+    *inputs: Tensor,
+    output_type: str = "linalg-on-tensors",
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
+    weights: str = "inline",
+) -> MlirModule:
+    """Lower a graph of ``mhc_compile.standalone`` to MLIR, for inference.
+
+    Args:
+        graph: the graph; a model must go through ``standalone`` first, or it would come out without its
+            hyper-connections.
+        inputs: one tensor for each input of the graph; only shapes and dtypes are read.
+        output_type: ``linalg-on-tensors``, ``torch`` (the dialect that IREE takes), ``stablehlo`` or ``tosa``.
+        dynamic: position of an input -> axis or axes that may vary; None means those that ``standalone`` was told of.
+        weights: ``inline`` (constants of the module) or ``external`` (the first arguments of ``main``).
+
+    Raises:
+        MissingDependencyError: torch-mlir is not installed, or lacks what is used of it.
+        OptionError: an illegal argument, or a dynamic axis that the graph fixes.
+        MhcError: torch-mlir cannot lower an operation; the message names it.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise OptionError(f"output_type={output_type!r} is not legal", cure=f"one of {', '.join(OUTPUT_TYPES)}")
+    if weights not in WEIGHTS:
+        raise OptionError(f"weights={weights!r} is not legal", cure=f"one of {', '.join(WEIGHTS)}")
+    torch_mlir()
+    traced, held = trace(graph, inputs, _axes(graph, dynamic))
+    if weights == "inline":
+        bind_weights(traced, held)
+    module = import_graph(traced, output_type)
+    return MlirModule(module, output_type, held if weights == "external" else {}, *slots(traced))
+
+
+def run_mlir(graph: fx.GraphModule, *inputs: Tensor, engine: str = "auto") -> tuple[Tensor, ...]:
+    """Lower, compile and run a graph of ``standalone`` on the CPU, once; see ``compile_mlir``."""
+    return compile_mlir(graph, *inputs, engine=engine)(*inputs)
+
+
+def compile_mlir(graph: fx.GraphModule, *inputs: Tensor, engine: str = "auto") -> mlir_engines.Compiled:
+    """Lower and compile a graph of ``standalone`` for the CPU.
+
+    Args:
+        graph: the graph; its weights are read where they are, not copied into the artefact.
+        inputs: one tensor for each input of the graph.
+        engine: ``iree`` (real code; needs iree-base-compiler and iree-base-runtime), ``wheel`` (LLVM's JIT from the
+            torch-mlir wheel, scalar loops: for tests and small shapes), or ``auto``: IREE where it is installed.
+
+    Returns:
+        A callable from inputs to a tuple of tensors.
+
+    Raises:
+        MissingDependencyError, OptionError, MhcError: as ``to_mlir``.
+    """
+    name = mlir_engines.choose(engine)
+    output_type = mlir_engines.OUTPUT_TYPE[name]
+    lowered = to_mlir(graph, *inputs, output_type=output_type, weights="external")
+    values = list(lowered.weights.values())
+    return mlir_engines.compile_module(name, lowered.module, values, lowered.arguments, lowered.results)
+
+
+# ------------------------------------------------------------------------------------------------ torch-mlir
+@functools.cache
+def torch_mlir() -> Any:
+    """The module ``torch_mlir.fx``. Raises MissingDependencyError where it is missing or too old."""
+    try:
+        from torch_mlir import fx as front
+    except ImportError as error:
+        raise MissingDependencyError(f"MLIR needs torch-mlir: {error}", cure=PIP) from error
+    if not hasattr(front, "stateless_fx_import") or not hasattr(front, "FxImporterHooks"):
+        raise MissingDependencyError("the installed torch-mlir is too old: it has no stateless_fx_import", cure=PIP)
+    return front
+
+
+@functools.cache
+def decompositions() -> dict[Any, Any]:
+    """What is taken apart before torch-mlir sees it: its own list."""
+    torch_mlir()
+    from torch_mlir.extras.fx_decomp_util import get_decomposition_table
+
+    return dict(get_decomposition_table())
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+def _axes(graph: fx.GraphModule, dynamic: Mapping[int, int | Sequence[int]] | None) -> dict[int, tuple[int, ...]]:
+    if not isinstance(graph, fx.GraphModule):
+        raise OptionError(
+            f"to_mlir takes a graph, not a {type(graph).__name__}: it would come out without its hyper-connections",
+            cure="to_mlir(mhc_compile.standalone(model, *inputs), *inputs)",
+        )
+    if dynamic is None:
+        return dict(graph.meta.get("mhc_dynamic", {}))
+    return {key: (axes,) if isinstance(axes, int) else tuple(axes) for key, axes in dynamic.items()}
+
+
+def trace(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], dynamic: Mapping[int, Sequence[int]]
+) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """(ATen graph without a semantic op and without mutation, weights): placeholders are the weights, then the inputs."""
+    names = list(dict.fromkeys(str(node.target) for node in graph.graph.find_nodes(op="get_attr")))
+    found = {name: functools.reduce(getattr, name.split("."), graph) for name in names}
+    held: dict[str, Tensor] = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    expected = len(graph.graph.find_nodes(op="placeholder"))
+    if len(inputs) != expected:
+        raise OptionError(f"the graph takes {expected} tensors and got {len(inputs)}")
+    mode, fakes = compat.fake_inputs(list(held.values()), inputs, dynamic)
+
+    def call(values: Sequence[Tensor], *arguments: Tensor) -> Any:
+        return torch.func.functional_call(graph, dict(zip(held, values, strict=True)), arguments)
+
+    def tracing(function: Any) -> fx.GraphModule:
+        with torch.no_grad(), mode, compat.python_dispatcher():
+            return make_fx(function, decomposition_table=decompositions(), tracing_mode="real")(
+                fakes[: len(held)], *fakes[len(held) :]
+            )
+
+    traced = tracing(call)
+    if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in traced.graph.nodes):
+        # Only then, and on operators: over composite ones functionalisation turns symbolic sizes into numbers.
+        traced = tracing(torch.func.functionalize(_flat(traced), remove="mutations"))
+    expand_semantic_ops(traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    for position, axes in dynamic.items():
+        for axis in axes:
+            if compat.is_fixed(fakes[len(held) + position].shape[axis]):
+                raise OptionError(
+                    f"axis {axis} of input {position} is asked to be dynamic, and the graph fixes it to "
+                    f"{inputs[position].shape[axis]}",
+                    cure="give `dynamic` to mhc_compile.standalone as well, which otherwise fixes every size",
+                )
+    return traced, held
+
+
+def _flat(traced: fx.GraphModule) -> Any:
+    def call(values: Sequence[Tensor], *arguments: Tensor) -> Any:
+        return traced(values, *arguments)
+
+    return call
+
+
+def expand_semantic_ops(gm: fx.GraphModule) -> int:
+    """Replace each ``mhc::`` node by its native body, traced once for each signature; returns how many there were."""
+    bodies: dict[Any, fx.GraphModule] = {}
+    count = 0
+    for node in list(gm.graph.nodes):
+        name = FORWARD_TARGETS.get(node.target)
+        if name is None:
+            if node.target in BACKWARD_TARGETS:
+                raise MhcError("MLIR is for inference, and the graph has a backward op of a hyper-connection")
+            continue
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        nodes = [value for value in flat if isinstance(value, fx.Node)]
+        key = (name, str(spec), tuple(_signature(value) for value in flat))
+        if key not in bodies:
+            bodies[key] = _trace_body(OPS[name].native, flat, spec, nodes)
+        replace(node, inline(gm.graph, node, bodies[key], nodes))
+        count += 1
+    return count
+
+
+def _signature(value: Any) -> Any:
+    if not isinstance(value, fx.Node):
+        return value
+    fake = value.meta["val"]
+    return (str(fake.dtype), tuple(str(size) for size in fake.shape)) if isinstance(fake, Tensor) else str(fake)
+
+
+def _trace_body(function: Any, flat: list[Any], spec: Any, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    def closed(*values: Any) -> Any:
+        feed = iter(values)
+        args, kwargs = pytree.tree_unflatten([next(feed) if isinstance(v, fx.Node) else v for v in flat], spec)
+        return function(*args, **kwargs)
+
+    with torch.no_grad(), compat.python_dispatcher():
+        body = make_fx(closed, decomposition_table=decompositions(), tracing_mode="real")(
+            *[node.meta["val"] for node in nodes]
+        )
+    body.graph.eliminate_dead_code()
+    return body
+
+
+def bind_weights(gm: fx.GraphModule, held: Mapping[str, Tensor]) -> None:
+    """Turn the leading placeholders into attributes, which are imported as constants."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for index, (node, value) in enumerate(zip(placeholders, held.values(), strict=False)):
+        name = f"weight_{index}"
+        gm.register_buffer(name, value.detach())
+        with gm.graph.inserting_before(node):
+            constant = gm.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def replace_symbol_inputs(gm: fx.GraphModule) -> list[int]:
+    """Read symbolic sizes off the tensors that have them; returns the positions of the arguments that are kept."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    kept = []
+    for position, node in enumerate(placeholders):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            kept.append(position)
+            continue
+        if node.users:
+            place = _size_like(placeholders, str(value))
+            if place is None:
+                raise LayoutError(f"the graph takes the number {node.name}, which is the size of no tensor it takes")
+            with gm.graph.inserting_before(placeholders[-1].next):
+                size = gm.graph.call_function(torch.ops.aten.sym_size.int, place)
+            size.meta["val"] = value
+            node.replace_all_uses_with(size)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return kept
+
+
+def _size_like(placeholders: Sequence[fx.Node], symbol: str) -> tuple[fx.Node, int] | None:
+    for node in placeholders:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and str(size) == symbol:
+                    return node, axis
+    return None
+
+
+def slots(gm: fx.GraphModule) -> tuple[list[Slot], list[Slot | None]]:
+    """(arguments, results) of a traced graph; a result that is None is an integer."""
+    arguments = [Slot.of(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+    values = [node.meta.get("val") for node in pytree.tree_leaves(gm.graph.output_node().args[0])]
+    return arguments, [Slot.of(value) if isinstance(value, Tensor) else None for value in values]
+
+
+# ------------------------------------------------------------------------------------------------ import
+def import_graph(gm: fx.GraphModule, output_type: str) -> Any:
+    """torch-mlir's module for an ATen graph. Raises MhcError with torch-mlir's reason."""
+    front = torch_mlir()
+    from torch_mlir import ir
+    from torch_mlir.dialects import torch as torch_dialect
+
+    context = ir.Context()
+    torch_dialect.register_dialect(context)
+    told: list[str] = []
+    context.attach_diagnostic_handler(lambda diagnostic: told.append(str(diagnostic)) or True)
+    _one_use_each(gm)
+    try:
+        return front.stateless_fx_import(
+            gm, output_type=output_type, fx_importer=front.FxImporter(context=context, hooks=_hooks())
+        )
+    except Exception as error:  # torch-mlir raises its own and builtin classes; all mean that the graph is not taken
+        reason = told[0] if told else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise MhcError(
+            f"torch-mlir cannot lower the graph to {output_type}: {reason}",
+            cure="output_type='torch' (which IREE reads) and 'linalg-on-tensors' take the most operations",
+        ) from error
+
+
+def _one_use_each(gm: fx.GraphModule) -> None:
+    """Constants get one reader: the importer binds an attribute anew at each use, and refuses the second time."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if len(node.users) > 1:
+            with gm.graph.inserting_after(node):
+                alias = gm.graph.call_function(torch.ops.aten.alias.default)
+            node.replace_all_uses_with(alias)
+            alias.args = (node,)
+            alias.meta = dict(node.meta)
+    gm.recompile()
+
+
+def _hooks() -> Any:
+    """Constants as they lie in memory: torch-mlir's own way makes a Python list of every element."""
+    from torch_mlir.extras import fx_importer
+    from torch_mlir.ir import DenseResourceElementsAttr, Operation
+
+    class Literals(fx_importer.FxImporterHooks):
+        def resolve_literal(self, gni: Any, literal: Any, info: Any) -> Any:
+            if not isinstance(literal, Tensor) or literal.numel() < 2 or literal.dtype not in _NUMPY:
+                return None
+            array = literal.detach().cpu().contiguous().numpy()
+            tensor_type = fx_importer.create_mlir_tensor_type(literal)
+            name = f"weight_{'_'.join(map(str, literal.shape))}"
+            attribute = DenseResourceElementsAttr.get_from_buffer(array, name, tensor_type)
+            return Operation.create(
+                name="torch.vtensor.literal",
+                results=[gni._cc.tensor_to_vtensor_type(literal)],
+                attributes={"value": attribute},
+            ).result
+
+    return Literals()
+
+
+_NUMPY = frozenset({torch.float32, torch.float64, torch.float16, torch.int64, torch.int32})
+"""Types whose numpy and MLIR layouts are the same and need no detour."""
