@@ -93,12 +93,8 @@ class Mixes(TorchDispatchMode):
         self.found: list[Tensor] = []
 
     @classmethod
-    def is_infra_mode(cls) -> bool:
-        """It only looks on; without this answer (and the next, from torch 2.13 on) Dynamo runs no compiled code."""
-        return True
-
-    @classmethod
     def ignore_compile_internals(cls) -> bool:
+        """It only looks on; without this answer Dynamo runs no compiled code below a dispatch mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
