@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from mhc_compile import ops
 from mhc_compile.capture import Builder, qualified_module, user_line
 from mhc_compile.compat import source_name
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
@@ -39,8 +40,9 @@ def raise_chains(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     raiser.sweep()
     if raiser.raised:
         gm.recompile()
-    notes = [f"{count} x {what}" for what, count in sorted(raiser.raised.items())]
-    return PassResult("raise_chains", changed=sum(raiser.raised.values()), notes=notes, refusals=raiser.refusals)
+    left = Counter({what: count for what, count in raiser.raised.items() if count})
+    notes = [f"{count} x {what}" for what, count in sorted(left.items())]
+    return PassResult("raise_chains", changed=left.total(), notes=notes, refusals=raiser.refusals)
 
 
 class Raiser:
@@ -112,6 +114,7 @@ class Raiser:
     def replace(self, candidate: Candidate, part: Region, new: tuple[fx.Node, ...]) -> None:
         """Readers of the outputs read the new nodes; what nobody reads any more goes."""
         members = set(part.nodes)
+        reading.pin_floats(part.nodes)
         for output, value in zip(candidate.outputs, new, strict=True):
             output.replace_all_uses_with(value)
         for name in candidate.names:
@@ -120,6 +123,7 @@ class Raiser:
             if not node.users:
                 self.gm.graph.erase_node(node)
         self.raised[candidate.what] += 1
+        self.raised["sinkhorn"] -= sum(node.target is ops.sinkhorn.overload for node in part.nodes)  # now inside it
 
     def refuse(self, refusal: Refused) -> None:
         """Keep a refusal for the report."""

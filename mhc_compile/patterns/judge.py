@@ -142,6 +142,9 @@ def _replay(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], small: _Sizes)
         if op is not None and op.kind == "cast":
             env[node] = env[op.args[0]]
             continue
+        if isinstance(reading.value(node), torch.SymFloat):
+            env[node] = float(reading.value(node).node.hint)
+            continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "mix_dtype", "device")}
         if "mix_dtype" in node.kwargs:

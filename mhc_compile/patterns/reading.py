@@ -9,7 +9,7 @@ for every pattern. Nothing is executed and nothing is changed here.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,12 +190,28 @@ def called_name(node: fx.Node) -> tuple[str, bool]:
 
 def _bind(node: fx.Node, parameters: str) -> dict[str, Any]:
     names = parameters.split()
-    bound = dict(zip(names, node.args, strict=False))
-    bound.update(node.kwargs)
+    bound = dict(zip(names, map(_known, node.args), strict=False))
+    bound.update({name: _known(argument) for name, argument in node.kwargs.items()})
     for alias, name in (("axis", "dim"), ("self", names[0]), ("a", names[0]), ("input", names[0])):
         if alias in bound and alias != name:
             bound.setdefault(name, bound.pop(alias))
     return bound
+
+
+def _known(argument: Any) -> Any:
+    """A python float that Dynamo made an input (``dynamic=True``) counts as the number it is: see ``pin_floats``."""
+    fake = value(argument)
+    if isinstance(fake, torch.SymFloat) and fake.node.hint is not None:
+        return float(fake.node.hint)
+    return argument
+
+
+def pin_floats(nodes: Iterable[fx.Node]) -> None:
+    """Guard the floats that were read as numbers: another eps compiles again."""
+    for node in nodes:
+        fake = value(node)
+        if isinstance(fake, torch.SymFloat) and fake.node.hint is not None:
+            float(fake)  # installs the guard
 
 
 def _positive(dims: Any, rank: int) -> tuple[int, ...]:
@@ -220,7 +236,10 @@ def read(node: Any) -> Op | None:
     reader = _READERS.get(kind, _read_unary if kind in UNARY or kind in ("same", "cast", "sinkhorn") else None)
     if reader is None:
         return None
-    op = reader(node, kind, _bind(node, parameters))
+    try:
+        op = reader(node, kind, _bind(node, parameters))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None  # a form of the arguments that torch takes and this table does not know
     if op is None or not inplace:
         return op
     return Op(**{**op.__dict__, "inplace": True})

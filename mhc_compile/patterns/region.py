@@ -45,6 +45,7 @@ class GraphFacts:
             self._ancestors[node] = mask
             if (
                 node.op == "get_attr"
+                or isinstance(reading.value(node), torch.SymFloat)  # a python float, under dynamic=True
                 or (node.op == "placeholder" and is_parameter(node))
                 or (node.op.startswith("call") and all(source in self.static for source in node.all_input_nodes))
             ):
@@ -136,10 +137,10 @@ def obstacle(part: Region, outputs: Sequence[fx.Node], facts: GraphFacts) -> tup
     """Why a region cannot be taken out, with the node to blame; None if it can."""
     members = set(part.nodes)
     for node in part.nodes:
-        if node not in part.inner:
+        # What prepares parameters, and a view or copy of an input, is no intermediate result: others may read it.
+        if node not in part.inner or (node not in outputs and reading.strip(node) in part.leaves):
             continue
-        # A view or copy of an input is no intermediate result: it stays for its other readers.
-        if node not in outputs and reading.strip(node) not in part.leaves:
+        if node not in outputs:
             for user in node.users:
                 if user not in members:
                     return f"an intermediate result is also read by `{user.name}`", node

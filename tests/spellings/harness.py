@@ -55,6 +55,31 @@ class Raised:
                 assert (a.double() - b.double()).abs().max().item() <= rtol * scale
 
 
+def in_float64(graph: fx.GraphModule, inputs: list[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """A graph and its inputs with every floating type made float64: the truth that roundings are measured against."""
+
+    def widen(argument: Any) -> Any:
+        return torch.float64 if argument in (torch.float32, torch.bfloat16) else argument
+
+    wide = copy_graph(graph)
+    for node in wide.graph.nodes:
+        node.args, node.kwargs = (fx.node.map_aggregate(part, widen) for part in (node.args, node.kwargs))
+        if node.op == "call_method" and node.target in ("float", "bfloat16"):
+            node.target = "double"
+    wide.recompile()
+    return wide, [x.double() if _is_float(x) else x for x in inputs]
+
+
+def rounding(values: list[Tensor | None], truth: list[Tensor | None]) -> list[float]:
+    """Root mean square error of each value, relative to the truth's; NaN-free, 0 where the truth is zero."""
+    errors = []
+    for value, exact in zip(values, truth, strict=True):
+        if value is not None and exact is not None and value.is_floating_point():
+            size = exact.square().mean().sqrt().item()
+            errors.append((value.double() - exact).square().mean().sqrt().item() / size if size else 0.0)
+    return errors
+
+
 def op_of(node: fx.Node) -> str:
     """Bare name of a semantic op's node, empty for every other node."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
