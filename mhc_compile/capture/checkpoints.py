@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import compat
 from mhc_compile.capture.graph import user_line
+from mhc_compile.capture.mutation import remove_dead
 from mhc_compile.errors import LayoutError
 
 
@@ -34,7 +35,7 @@ def inline_checkpoints(gm: fx.GraphModule) -> int:
             _inline(gm, node, compat.next_checkpoint_id())
             opened += 1
     if opened:
-        gm.graph.eliminate_dead_code()
+        remove_dead(gm)
     return opened
 
 

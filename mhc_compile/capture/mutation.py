@@ -9,6 +9,7 @@ stays, and ``find_sites`` refuses the chain that meets it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ _MAY_ALIAS = frozenset(
 )
 """Operators whose result may share storage with their first argument (a cast that has nothing to do returns it)."""
 
+_AUGMENTED = frozenset(
+    """
+    iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul iconcat setitem delitem
+    """.split()
+)
+
 
 def op_name(node: fx.Node) -> str:
     """The bare name of what a node calls: ``add`` for operator.add, torch.add, Tensor.add and aten.add.Tensor."""
@@ -38,6 +45,25 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.overloadpacket.__name__
     return str(getattr(node.target, "__name__", node.target))
+
+
+def is_write(node: fx.Node) -> bool:
+    """True for a node that must stay even if nobody reads its result: it writes into a tensor, or has another effect.
+
+    ``fx`` itself believes every method and every Python-level function of torch to be pure, ``mask.scatter_(...)`` too.
+    """
+    name = op_name(node)
+    if node.is_impure(False):
+        return True
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
+    return in_place or augmented or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None
+
+
+def remove_dead(gm: fx.GraphModule, keep: Iterable[fx.Node] = ()) -> None:
+    """Erase the nodes that nobody reads, except writes and those in ``keep``."""
+    kept = set(keep)
+    gm.graph.eliminate_dead_code(lambda node: node in kept or is_write(node))
 
 
 def set_item(target: torch.Tensor, index: Any, value: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch import fx
 
 from mhc_compile import ops
 from mhc_compile.capture.graph import Builder, meta_value
-from mhc_compile.capture.mutation import op_name
+from mhc_compile.capture.mutation import op_name, remove_dead
 from mhc_compile.config import Options
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
@@ -58,6 +58,7 @@ def widen(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     if ctx.options.streams == 1 or not ctx.chains:
         return result
     replaced: dict[fx.Node, fx.Node] = {}
+    unread = [node for node in gm.graph.nodes if not node.users]
     for chain in ctx.chains:
         reason = _obstacle(chain, ctx.options)
         if reason:
@@ -66,7 +67,7 @@ def widen(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _remap(chain, replaced)
         _ChainWidener(gm, ctx, chain, replaced).run()
         result.changed += len(chain.sites)
-    gm.graph.eliminate_dead_code()
+    remove_dead(gm, unread)
     return result
 
 

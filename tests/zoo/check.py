@@ -20,7 +20,7 @@ def run(example: Example, model: Callable[..., Any] | None = None) -> tuple[Tens
     ``model`` is what is called; by default the example's own. ValueError if the loss is not finite.
     """
     example.model.zero_grad(set_to_none=True)
-    loss = example.loss((model or example.model)(**example.inputs))
+    loss = example.loss((example.model if model is None else model)(**example.inputs))
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {loss.item()}")
     loss.backward()

@@ -50,6 +50,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         get("lama")
 
 
+@pytest.mark.slow  # the same models go through the backend in tests/test_architectures.py
 @pytest.mark.zoo
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
 def test_entry_runs_repeats_and_is_captured(entry: Entry) -> None:

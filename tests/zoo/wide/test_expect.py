@@ -8,6 +8,7 @@ from tests.zoo import Entry, published
 from tests.zoo.wide import expect
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize("entry", published(), ids=lambda entry: entry.name)
 def test_source_count_equals_the_rule(entry: Entry) -> None:
