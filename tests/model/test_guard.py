@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from tests.tiny import EAGER, Block, Flat, compiled, ids, tiny
 
 
 @pytest.fixture
-def model() -> Iterator[nn.Module]:
+def model() -> nn.Module:
     model = tiny(layers=1)
     compiled(model)(ids())
-    yield model
+    return model
 
 
 def test_called_uncompiled(model: nn.Module) -> None:

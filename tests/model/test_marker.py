@@ -1,4 +1,4 @@
-"""The note in a Hugging Face config: a checkpoint whose hyper-connections were dropped is not trained anew in silence."""
+"""The note in a Hugging Face config: hyper-connections that from_pretrained dropped are not trained anew in silence."""
 
 from __future__ import annotations
 
