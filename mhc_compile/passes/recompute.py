@@ -68,7 +68,7 @@ class RecomputeResult(PassResult):
     kept_bytes: int = 0
     """Stream states and branch inputs kept."""
     kept_without: int = 0
-    seconds: float = 0.0
+    replay_seconds: float = 0.0
     """Predicted time of the replay."""
     device: str = ""
     """Whose numbers the time is from."""
@@ -135,7 +135,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
         result.peak = chosen.peak  # of the last chain: it sees what the others keep
         result.kept_bytes += chosen.kept_bytes
         result.kept_without += own
-        result.seconds += chosen.seconds
+        result.replay_seconds += chosen.seconds
         others += chosen.kept_bytes - own
         result.rows += _rows(index, each, chosen)
         if each.plan is not None:
@@ -237,14 +237,7 @@ def _choose(
     """The plan of one chain; None where nothing has to be replayed."""
     wanted, everything = ctx.options.recompute, keep_all(chain)
     if isinstance(wanted, int):
-        allowed = int(wanted * share)
-        if everything.kept_bytes <= allowed:
-            return None
-        plan = fastest_within(chain, allowed)
-        if plan is None:
-            plan = evaluate(chain, ())
-            result.notes.append(f"{allowed:,} bytes do not hold what has to be kept, {plan.kept_bytes:,} bytes")
-        return plan
+        return _within_bytes(chain, int(wanted * share), result)
     if wanted == "speed":
         limit = ctx.options.memory_budget
         if limit is None:
@@ -257,6 +250,20 @@ def _choose(
             return plan
         result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
     return least_peak(chain)
+
+
+def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan | None:
+    """As many states as fit, spread for the least peak; the branch inputs, which are not states, are all replayed."""
+    if keep_all(chain).kept_bytes <= allowed:
+        return None
+    states = Chain(
+        tuple(dataclasses.replace(s, live=s.live + s.branch_input, branch_input=0) for s in chain.sites), chain.head
+    )
+    found = fastest_within(states, allowed)
+    plan = evaluate(chain, found.kept if found is not None else ())
+    if found is None:
+        result.notes.append(f"{allowed:,} bytes do not hold what has to be kept, {plan.kept_bytes:,} bytes")
+    return plan
 
 
 def _free_bytes(where: torch.device | None, graph: fx.Graph) -> int | None:
