@@ -17,6 +17,7 @@ from mhc_compile.capture.graph import user_line
 from mhc_compile.config import Resolved
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.passes.base import PassResult, Refusal
+from mhc_compile.passes.recompute import RecomputeResult, StateRow
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
 
 log = logging.getLogger("mhc_compile")
@@ -113,6 +114,9 @@ class CompileReport:
         if self.left_alone:
             parts.append(Text("left alone:"))
             parts.extend(Text(f"  {refusal}") for refusal in self.left_alone)
+        for result in self.passes:
+            if isinstance(result, RecomputeResult) and (result.rows or result.notes):
+                parts.extend(_recompute(result))
         passes = ", ".join(f"{p.name} {p.changed} in {p.seconds * 1e3:.0f} ms" for p in self.passes)
         parts.append(Text(f"passes: {passes}"))
         parts.extend(Text(f"  {line}") for line in self.lowering)
@@ -127,6 +131,57 @@ class CompileReport:
                 f"in {self.added['tensors']} tensors, {self.added['new']} of them new"
             )
         return text
+
+
+def _recompute(result: RecomputeResult) -> list[Any]:
+    """What is kept and what is replayed, a line a block, and what that comes to. Coefficients (with the projection that
+    their backward reads) and branch outputs are always kept."""
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = [Text(f"recompute: {note}") for note in result.notes]
+    if not result.rows or not result.changed:
+        return parts
+    text = f"recompute: {_mib(result.kept_bytes)} of states and branch inputs kept, {_mib(result.kept_without)} without"
+    text += f"; predicted peak {_mib(result.peak)}, {_mib(result.peak_without)} without"
+    text += f"; a state is {_mib(max(row.state_bytes for row in result.rows))}"
+    text += f"; replay {result.replay_seconds * 1e3:.2f} ms a step on {result.device}"
+    parts.append(Text(text))
+    table = Table(box=None, pad_edge=False)
+    for name in ("sites", "state", "replayed", "inputs kept", "inputs replayed", "coefficients", "branch outputs"):
+        table.add_column(name, no_wrap=True)
+    for block in _blocks(result.rows):
+        first, last = block[0], block[-1]
+        states = [row for row in block if row.state == "replayed"]
+        table.add_row(
+            f"{first.chain}.{first.index}" + (f"..{last.index}" if last is not first else ""),
+            first.state,
+            _sum([row.state_bytes for row in states]),
+            _sum([row.input_bytes for row in block if row.branch_input == "kept"]),
+            _sum([row.input_bytes for row in block if row.branch_input == "replayed"]),
+            _sum([row.coefficient_bytes for row in block]),
+            _sum([row.output_bytes for row in block if row.output_bytes]),
+        )
+    parts.append(table)
+    return parts
+
+
+def _blocks(rows: list[StateRow]) -> list[list[StateRow]]:
+    """Rows from one kept state to the next."""
+    blocks: list[list[StateRow]] = []
+    for row in rows:
+        if row.state != "replayed" or not blocks:
+            blocks.append([])
+        blocks[-1].append(row)
+    return blocks
+
+
+def _sum(sizes: list[int]) -> str:
+    return f"{len(sizes)}: {_mib(sum(sizes))}" if sizes else "-"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
 
 
 def make_report(model: str, resolved: Resolved) -> CompileReport:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from typing import Any
@@ -285,6 +286,19 @@ def test_the_table_adds_up() -> None:
     assert {row.coefficient_bytes for row in result.rows} == {2 * 5 * (4 + 4 + 16 + 25) * 4}
     assert {row.output_bytes for row in result.rows} == {STATE // 4}
     assert all(":" in row.where for row in result.rows)
+
+
+def test_the_report_has_a_line_a_block() -> None:
+    _, _, (outcome, off) = conversions(model(4), [tokens()], [{"recompute": 3 * STATE}, {}])
+    text = str(outcome.report)
+    result = outcome.report.passes[-1]
+    assert f"predicted peak {result.peak / 1024:.1f} KiB" in text
+    starts = [0, *kept_of(result)]
+    for first, after in itertools.pairwise([*starts, 8]):
+        label = f"0.{first}" if after == first + 1 else f"0.{first}..{after - 1}"
+        assert any(line.startswith(f"{label} ") and "KiB" in line for line in text.splitlines()), text
+    assert '"replay_seconds"' in outcome.report.to_json()
+    assert "predicted peak" not in str(off.report)
 
 
 # ------------------------------------------------------------------------------------------------ the key
