@@ -55,7 +55,7 @@ class Size:
 
 
 SIZES = {
-    "cpu": Size(layers=4, hidden=96, heads=4, length=96, batch=8, steps=140, rate=4e-3, compiler="eager"),
+    "cpu": Size(layers=4, hidden=96, heads=4, length=96, batch=8, steps=120, rate=4e-3, compiler="eager"),
     "cuda": Size(layers=16, hidden=768, heads=12, length=1024, batch=16, steps=600, rate=6e-4, compiler="inductor"),
 }
 RUNS: dict[str, dict[str, Any] | None] = {
