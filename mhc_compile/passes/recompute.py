@@ -249,7 +249,11 @@ def _choose(
         if plan is not None:
             return plan
         result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
-    return least_peak(chain)
+    plan = least_peak(chain)
+    if plan is None or plan.peak >= everything.peak:
+        result.notes.append("the predicted peak is elsewhere (weights and their gradients): nothing is replayed")
+        return None
+    return plan
 
 
 def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan | None:

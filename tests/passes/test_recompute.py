@@ -276,6 +276,13 @@ def test_speed_replays_only_what_does_not_fit() -> None:
     assert "no plan" in none.notes[0]
 
 
+def test_no_replay_where_it_cannot_lower_the_peak() -> None:
+    (result,) = results(1, {"recompute": "memory"})
+    assert result.changed == 0
+    assert "elsewhere" in result.notes[0]
+    assert result.peak == result.peak_without
+
+
 def test_the_table_adds_up() -> None:
     (result,) = results(4, {"recompute": "memory"})
     kept = sum(row.state_bytes for row in result.rows if row.state == "kept")
