@@ -2,7 +2,7 @@
 
     python -m benchmarks.raising [--layers 4] [--repeat 3] [--device cpu]
 
-A decoder of ``layers`` layers (two sites each, 20 Sinkhorn iterations in DeepSeek-V4's spelling) is compiled from cold, in a
+A decoder of ``layers`` layers (two sites each, 20 Sinkhorn iterations as DeepSeek-V4 spells them) is compiled cold, in a
 process of its own with an empty inductor cache; the time is that of the first forward and backward. The same model
 with plain residuals is the yardstick. Results: ``benchmarks/results/raising_<device>.json``.
 """

@@ -23,6 +23,7 @@ LARGE = 1 << 16
 """Elements of an input above which its token axes are shrunk."""
 TOKENS = (2, 3, 2, 2, 2)
 """Sizes that stand in for the token axes."""
+_AS_JUDGED: dict[str, Any] = {"dtype": torch.float64, "device": "cpu", "mix_dtype": None}
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -146,9 +147,7 @@ def _replay(nodes: Sequence[fx.Node], values: dict[fx.Node, Any], small: _Sizes)
             env[node] = float(reading.value(node).node.hint)
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "mix_dtype", "device")}
-        if "mix_dtype" in node.kwargs:
-            kwargs["mix_dtype"] = None
+        kwargs = {**kwargs, **{k: v for k, v in _AS_JUDGED.items() if k in kwargs}}
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if name in _SIZED and small.sizes:
             args = _resize(args, small)

@@ -173,7 +173,9 @@ def _try_post(
         return None
     (i,) = inner
     channel = _channel(axes, out, o, gate, facts)
-    if channel is None or axes.size(i) != size or not _channels_last(axes, out, o, channel):
+    if channel is None or axes.size(i) != size:
+        return None
+    if matrix is None and not _channels_last(axes, out, o, channel):
         return None
     batch = set(out) - {o, channel}
     fits = set(axes.atoms(x)) == batch | {i, channel} and _is_gate(axes, gate, batch, {o}, facts)
@@ -193,7 +195,7 @@ def _channel(axes: Axes, out: Sequence[int], o: int, gate: fx.Node, facts: Graph
 
 
 def _channels_last(axes: Axes, out: Sequence[int], o: int, channel: int) -> bool:
-    """Tells streams from channels where the algebra is symmetric: streams are fewer, or come first."""
+    """Tells streams from channels where there is no H to tell: streams are fewer, or come first."""
     a, b = axes.size(o), axes.size(channel)
     if not isinstance(b, int) or a == b:
         return out.index(o) < out.index(channel)
