@@ -7,6 +7,7 @@ from mhc_compile import errors
 from mhc_compile.api import explain, prepare
 from mhc_compile.config import Options
 from mhc_compile.model import load_state_dict, plain, state_dict, to_plain
+from mhc_compile.standalone import standalone
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "load_state_dict",
     "plain",
     "prepare",
+    "standalone",
     "state_dict",
     "to_plain",
 ]

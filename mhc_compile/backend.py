@@ -21,6 +21,7 @@ from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
+from mhc_compile.lowering.mlir import compile_inference
 from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
@@ -80,11 +81,13 @@ def mhc(
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog
 ) -> Callable[..., Any]:
-    """Hand a graph to what the option ``compiler`` names."""
+    """Hand a graph to what the options ``compiler`` and ``lowering`` name."""
     options = resolved.options
     if options.compiler != "inductor":
         artefact: Callable[..., Any] = compat.lookup_backend(options.compiler)(gm, list(inputs))
         return artefact
+    if options.lowering == "mlir":
+        return compile_inference(gm, inputs, lowering)
     settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
     return compat.inductor_compile(gm, inputs, settings)
 

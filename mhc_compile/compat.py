@@ -299,11 +299,11 @@ def fake_inputs(
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in static]
+    fakes: list[torch.Tensor] = [mode.from_tensor(tensor, static_shapes=True) for tensor in static]
     for position, tensor in enumerate(inputs):
         axes = {axis % tensor.dim() for axis in dynamic.get(position, ())}
         sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(tensor.dim())]
-        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(
             mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"input_{position}"))
             if axes
@@ -318,7 +318,7 @@ def is_fixed(size: Any) -> bool:
 
 
 def python_dispatcher() -> Any:
-    """A context in which composite operators run their Python form: some C++ ones turn a symbolic size into a number."""
+    """A context in which composite operators run their Python form: some C++ ones turn a symbol into a number."""
     from torch._dispatch.python import enable_python_dispatcher
 
     return enable_python_dispatcher()
@@ -329,3 +329,19 @@ def keep_kernel_launches() -> None:
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
     fx.node.has_side_effect(triton_kernel_wrapper_mutation)
+
+
+def aot_inference(
+    gm: fx.GraphModule, inputs: Sequence[Any], compiler: Callable[..., Any], decompositions: dict[Any, Any]
+) -> Callable[..., Any]:
+    """AOTAutograd around a compiler of inference graphs, ``compiler(aten graph, inputs)`` -> callable."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def boxed(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        return make_boxed_func(compiler(graph, example_inputs))
+
+    artefact: Callable[..., Any] = aot_autograd(
+        fw_compiler=boxed, inference_compiler=boxed, decompositions=decompositions
+    )(gm, list(inputs))
+    return artefact

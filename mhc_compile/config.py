@@ -231,9 +231,10 @@ class Options:
     )
     lowering: str = _option(
         "auto",
-        Choice(("auto", "native", "triton")),
+        Choice(("auto", "native", "triton", "mlir")),
         "`auto`: our Triton kernels where they apply. `native`: the PyTorch bodies, fused by inductor. `triton`: as "
-        "`auto`, but an op without a kernel is an error.",
+        "`auto`, but an op without a kernel is an error. `mlir`: the whole graph through torch-mlir and IREE, for "
+        "inference on the CPU.",
     )
     compiler: str = _option(
         "inductor",
@@ -269,8 +270,9 @@ def _contradiction(options: Options) -> tuple[str, str] | None:
         what = f"memory_budget is read by recompute='speed' only, and recompute is {options.recompute!r}"
         return what, "recompute='speed', or leave memory_budget out"
     if options.compiler != "inductor":
-        if options.lowering == "triton":
-            return f"lowering='triton' needs compiler='inductor', not {options.compiler!r}", "leave one of the two out"
+        if options.lowering in ("triton", "mlir"):
+            what = f"lowering={options.lowering!r} contradicts compiler={options.compiler!r}"
+            return what, "leave one of the two out"
         if options.schedule == "auto":
             return f"schedule='auto' needs compiler='inductor', not {options.compiler!r}", "leave one of the two out"
     both = sorted(set(options.include) & set(options.exclude))
@@ -408,9 +410,10 @@ def resolve(
         put({name: _checked(name, text, text=True, where=f"environment variable {variable}")}, f"env:{variable}")
 
     resolved = Options(**values)
-    if inductor and resolved.compiler != "inductor":
+    if inductor and (resolved.compiler != "inductor" or resolved.lowering == "mlir"):
+        instead = "lowering='mlir'" if resolved.compiler == "inductor" else f"compiler={resolved.compiler!r}"
         raise OptionError(
-            f"inductor settings ({', '.join(sorted(inductor))}) have no meaning with compiler={resolved.compiler!r}",
+            f"inductor settings ({', '.join(sorted(inductor))}) have no meaning with {instead}",
             cure="compiler='inductor', or leave the mode and options['inductor'] out",
         )
     if mode is not None:

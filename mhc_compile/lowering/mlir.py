@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mhc_compile.errors import LayoutError, MhcError, MissingDependencyError, Op
 from mhc_compile.ops import OPS
 
 from . import mlir_engines
-from .base import BACKWARD_TARGETS, FORWARD_TARGETS
+from .base import BACKWARD_TARGETS, FORWARD_TARGETS, LoweringLog, arguments
 from .inline import inline, replace
 from .mlir_engines import Slot
 
@@ -49,7 +49,7 @@ class MlirModule:
         return self.text()
 
     def text(self, large_elements: int | None = None) -> str:
-        """The module as text; constants of more elements than ``large_elements`` are left out (it no longer compiles)."""
+        """The text; constants of more than ``large_elements`` elements are left out (it no longer compiles then)."""
         text: str = self.module.operation.get_asm(large_elements_limit=large_elements, enable_debug_info=False)
         return text
 
@@ -119,6 +119,44 @@ def compile_mlir(graph: fx.GraphModule, *inputs: Tensor, engine: str = "auto") -
     return mlir_engines.compile_module(name, lowered.module, values, lowered.arguments, lowered.results)
 
 
+def compile_inference(gm: fx.GraphModule, inputs: Sequence[Any], log: LoweringLog) -> Callable[..., Any]:
+    """The backend's way (``lowering="mlir"``): a Dynamo graph through AOTAutograd and IREE, for the CPU.
+
+    Args:
+        gm: the rewritten graph, parameters as placeholders.
+        inputs: example inputs of ``gm``.
+        log: gets an entry for each semantic op.
+
+    Raises:
+        OptionError: gradients are wanted, or a tensor is not on the CPU.
+        MissingDependencyError, MhcError: as ``compile_mlir``.
+    """
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
+        raise OptionError(
+            "lowering='mlir' is for inference: it has no backward graph, and this call wants gradients",
+            cure="call the model under torch.no_grad() or torch.inference_mode(), or train with lowering='auto'",
+        )
+    elsewhere = next((value.device for value in tensors if value.device.type != "cpu"), None)
+    if elsewhere is not None:
+        raise OptionError(
+            f"lowering='mlir' runs on the CPU, and the model has tensors on {elsewhere}",
+            cure="to_mlir gives text for other targets; lowering='auto' compiles for this device",
+        )
+    mlir_engines.choose("iree")
+    torch_mlir()
+
+    def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        expand_semantic_ops(graph, log)
+        kept = replace_symbol_inputs(graph)
+        takes, gives = slots(graph)
+        module = import_graph(graph, mlir_engines.OUTPUT_TYPE["iree"])
+        compiled = mlir_engines.compile_module("iree", module, (), takes, gives)
+        return lambda *values: compiled(*[values[position] for position in kept])
+
+    return compat.aot_inference(gm, inputs, compiler, decompositions())
+
+
 # ------------------------------------------------------------------------------------------------ torch-mlir
 @functools.cache
 def torch_mlir() -> Any:
@@ -156,9 +194,9 @@ def _axes(graph: fx.GraphModule, dynamic: Mapping[int, int | Sequence[int]] | No
 def trace(
     graph: fx.GraphModule, inputs: Sequence[Tensor], dynamic: Mapping[int, Sequence[int]]
 ) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-    """(ATen graph without a semantic op and without mutation, weights): placeholders are the weights, then the inputs."""
+    """(ATen graph without semantic ops and mutation, weights): it takes the weights, then the inputs."""
     names = list(dict.fromkeys(str(node.target) for node in graph.graph.find_nodes(op="get_attr")))
-    found = {name: functools.reduce(getattr, name.split("."), graph) for name in names}
+    found: dict[str, Any] = {name: functools.reduce(getattr, name.split("."), graph) for name in names}
     held: dict[str, Tensor] = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     expected = len(graph.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
@@ -175,7 +213,9 @@ def trace(
             )
 
     traced = tracing(call)
-    if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in traced.graph.nodes):
+    if any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in traced.graph.nodes
+    ):
         # Only then, and on operators: over composite ones functionalisation turns symbolic sizes into numbers.
         traced = tracing(torch.func.functionalize(_flat(traced), remove="mutations"))
     expand_semantic_ops(traced)
@@ -199,7 +239,7 @@ def _flat(traced: fx.GraphModule) -> Any:
     return call
 
 
-def expand_semantic_ops(gm: fx.GraphModule) -> int:
+def expand_semantic_ops(gm: fx.GraphModule, log: LoweringLog | None = None) -> int:
     """Replace each ``mhc::`` node by its native body, traced once for each signature; returns how many there were."""
     bodies: dict[Any, fx.GraphModule] = {}
     count = 0
@@ -216,6 +256,8 @@ def expand_semantic_ops(gm: fx.GraphModule) -> int:
             bodies[key] = _trace_body(OPS[name].native, flat, spec, nodes)
         replace(node, inline(gm.graph, node, bodies[key], nodes))
         count += 1
+        if log is not None:
+            log.record(name, "mlir")
     return count
 
 
@@ -280,7 +322,8 @@ def _size_like(placeholders: Sequence[fx.Node], symbol: str) -> tuple[fx.Node, i
     for node in placeholders:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            for axis, size in enumerate(value.shape):
+            sizes: Sequence[Any] = value.shape
+            for axis, size in enumerate(sizes):
                 if isinstance(size, torch.SymInt) and str(size) == symbol:
                     return node, axis
     return None
@@ -288,9 +331,9 @@ def _size_like(placeholders: Sequence[fx.Node], symbol: str) -> tuple[fx.Node, i
 
 def slots(gm: fx.GraphModule) -> tuple[list[Slot], list[Slot | None]]:
     """(arguments, results) of a traced graph; a result that is None is an integer."""
-    arguments = [Slot.of(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
+    takes = [Slot.of(node.meta["val"]) for node in gm.graph.find_nodes(op="placeholder")]
     values = [node.meta.get("val") for node in pytree.tree_leaves(gm.graph.output_node().args[0])]
-    return arguments, [Slot.of(value) if isinstance(value, Tensor) else None for value in values]
+    return takes, [Slot.of(value) if isinstance(value, Tensor) else None for value in values]
 
 
 # ------------------------------------------------------------------------------------------------ import
@@ -303,8 +346,13 @@ def import_graph(gm: fx.GraphModule, output_type: str) -> Any:
     context = ir.Context()
     torch_dialect.register_dialect(context)
     told: list[str] = []
-    context.attach_diagnostic_handler(lambda diagnostic: told.append(str(diagnostic)) or True)
-    _one_use_each(gm)
+
+    def listen(diagnostic: Any) -> bool:
+        told.append(str(diagnostic))
+        return True
+
+    context.attach_diagnostic_handler(listen)
+    _adapt(gm)
     try:
         return front.stateless_fx_import(
             gm, output_type=output_type, fx_importer=front.FxImporter(context=context, hooks=_hooks())
@@ -317,8 +365,12 @@ def import_graph(gm: fx.GraphModule, output_type: str) -> Any:
         ) from error
 
 
-def _one_use_each(gm: fx.GraphModule) -> None:
-    """Constants get one reader: the importer binds an attribute anew at each use, and refuses the second time."""
+def _adapt(gm: fx.GraphModule) -> None:
+    """Two forms that torch-mlir refuses, in forms that it takes.
+
+    A constant with two readers: the importer binds an attribute anew at each use. ``topk`` that leaves the order of its
+    results open: descending order is one of those it may have.
+    """
     for node in gm.graph.find_nodes(op="get_attr"):
         if len(node.users) > 1:
             with gm.graph.inserting_after(node):
@@ -326,6 +378,10 @@ def _one_use_each(gm: fx.GraphModule) -> None:
             node.replace_all_uses_with(alias)
             alias.args = (node,)
             alias.meta = dict(node.meta)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
+        given = arguments(node)
+        node.args = (given["self"], given["k"], given["dim"], given["largest"], True)
+        node.kwargs = {}
     gm.recompile()
 
 

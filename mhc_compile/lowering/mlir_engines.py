@@ -105,7 +105,7 @@ class Compiled:
                 what = f"input {place}" if place >= 0 else f"weight {position}"
                 have = f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else value
                 raise LayoutError(f"{what} is {have}, compiled for {slot.dtype} {slot.shape} on cpu")
-        return tuple(self._run(*[value.detach().contiguous() for value in values]))
+        return tuple(self._run(*values))
 
 
 def choose(engine: str) -> str:
@@ -161,14 +161,19 @@ def wheel(module: Any, results: Sequence[Slot | None]) -> Callable[..., list[Ten
         try:
             PassManager.parse(f"builtin.module({','.join(WHEEL_PASSES)})").run(module.operation)
         except Exception as error:  # MLIR's own error class, by whatever name this wheel has it
-            raise MhcError(f"the passes of the wheel's engine refuse the graph: {error}", cure="engine='iree'") from error
-        engine = ExecutionEngine(module, opt_level=2)
+            raise MhcError(
+                f"the passes of the wheel's engine refuse the graph: {error}", cure="engine='iree'"
+            ) from error
+        # LLVM's optimiser takes five times as long as the rest together, for code that runs once or twice.
+        engine = ExecutionEngine(module, opt_level=0)
+        engine.lookup("main")  # compiles now, not at the first call
     return functools.partial(_invoke, engine, slots)
 
 
 def _invoke(engine: Any, results: Sequence[Slot], *values: Tensor) -> list[Tensor]:
     """Call ``main`` by its C interface: a place for the result descriptors, then a descriptor for each argument."""
-    descriptors = [_descriptor(value) for value in values]
+    held = [value.detach().contiguous() for value in values]  # alive until the call is over
+    descriptors = [_descriptor(value) for value in held]
     place = (ctypes.c_int64 * sum(3 + 2 * len(slot.shape) for slot in results))()
     pointers = [ctypes.pointer(ctypes.cast(item, ctypes.c_void_p)) for item in (place, *descriptors)]
     engine.invoke("main", *pointers)
@@ -245,7 +250,7 @@ class _Iree:
         kept = self._kept.get(position)
         if kept is not None and kept[0]() is value and kept[1] == version and version[1] >= 0:
             return kept[2]
-        buffer = runtime.asdevicearray(self._config.device, _to_numpy(value))
+        buffer = runtime.asdevicearray(self._config.device, _to_numpy(value.detach().contiguous()))
         self._kept[position] = (weakref.ref(value), version, buffer)
         return buffer
 
