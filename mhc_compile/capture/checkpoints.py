@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -65,8 +66,9 @@ def _inline(gm: fx.GraphModule, node: fx.Node, checkpoint_id: int) -> None:
             else:
                 copy = gm.graph.node_copy(inner, lambda n: mapping[n])
             copy.meta = dict(inner.meta)
-            copy.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-            copy.meta.setdefault("ac_graph_id", checkpoint_id)
+            if torch.is_grad_enabled():  # without a backward AOTAutograd refuses the tags
+                copy.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+                copy.meta.setdefault("ac_graph_id", checkpoint_id)
             mapping[inner] = copy
     _replace_outputs(node, outputs)
     gm.graph.erase_node(node)

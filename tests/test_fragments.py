@@ -1,0 +1,79 @@
+"""Graphs that are a piece of the model: whole chains are converted, cut ones are refused with the line that cuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mhc_compile.errors import FragmentError
+from mhc_compile.model import hyper_connections
+from tests.passes.models import WIDTH, Block, Lambda, Mlp, Stack, tokens
+
+OPTIONS = {"compiler": "eager", "streams": 2, "sinkhorn_iters": 1}
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="mhc", options=OPTIONS)
+
+
+def names(model: nn.Module) -> list[str]:
+    return [name for name, _ in hyper_connections(model)]
+
+
+def test_break_inside_a_chain() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(m.embed(x))
+        torch._dynamo.graph_break()
+        return m.head(m.second(x))
+
+    model = Lambda(forward, embed=nn.Linear(3, WIDTH), first=Block(), second=Block(), head=Mlp())
+    with pytest.raises(FragmentError, match=r"test_fragments\.py"):
+        compiled(model)(tokens())
+    assert names(model) == []
+
+
+def test_break_in_a_loop_over_the_layers() -> None:
+    """Dynamo gives the loop up and compiles each layer alone."""
+
+    def body(layer: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return layer(x)
+
+    model = Stack([Block(), Block()], body)
+    with pytest.raises(FragmentError):
+        compiled(model)(tokens())
+    assert names(model) == []
+
+
+def test_break_between_chains() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        memory = m.encoder(x)
+        torch._dynamo.graph_break()
+        return m.decoder(memory)
+
+    model = Lambda(forward, encoder=Stack([Block()]), decoder=Stack([Block()]))
+    before = model(tokens())
+    after = compiled(model)(tokens())
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    assert names(model) == [f"{part}.layers.0.mhc{i}" for part in ("encoder", "decoder") for i in range(2)]
+
+
+def test_one_layer_at_a_time() -> None:
+    model = Stack([Block(), Block()])
+    for layer in model.layers:
+        layer.compile(backend="mhc", options=OPTIONS)
+    with pytest.raises(FragmentError, match="one piece of"):
+        model(tokens())
+    assert names(model) == []
+
+
+def test_encoder_inside_a_larger_model() -> None:
+    """An encoder with its own embedding and norm is whole, wherever it is called from."""
+    model = Lambda(lambda m, x: m.head(m.encoder(x)), encoder=Stack([Block()]), head=nn.Linear(3, 2))
+    before = model(tokens())
+    model.encoder.compile(backend="mhc", options=OPTIONS)
+    torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)
+    assert names(model) == ["encoder.layers.0.mhc0", "encoder.layers.0.mhc1"]
