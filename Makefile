@@ -53,7 +53,6 @@ $(VENV)/.stamp-torch: | $(PY)
 	else \
 	    echo "torch: no NVIDIA driver, installing the CPU build"; \
 	    $(PIP) 'torch==2.13.0+cpu' 2>/dev/null \
-	        || $(PIP) 'torch==2.13.0' --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
 	        || $(PIP) 'torch==2.13.0'; \
 	    if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PIP) --no-deps 'triton==3.6.0'; fi; \
 	fi

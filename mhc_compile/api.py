@@ -85,6 +85,13 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, c
     except compat.unsupported_exceptions() as error:
         reason = str(error).splitlines()[0]
         raise FragmentError(f"the model is not one graph: {reason}", where=_break_place(error)) from error
+    except compat.tracing_exceptions() as error:
+        reason = str(error).splitlines()[0]
+        raise MhcError(
+            f"the model fails while it is traced: {reason}",
+            where=_break_place(error),
+            cure="call it once without torch.compile on the same inputs; what is wrong there is wrong here",
+        ) from error
     if not outcome:
         raise FragmentError("Dynamo captured no graph of the model", cure="check that the inputs reach its layers")
     result = outcome[-1]

@@ -160,6 +160,13 @@ def unsupported_exceptions() -> tuple[type[BaseException], ...]:
     return (exc.Unsupported, exc.UserError, exc.InternalTorchDynamoError)
 
 
+def tracing_exceptions() -> tuple[type[BaseException], ...]:
+    """What Dynamo raises when an operation of the user's model fails on fake tensors."""
+    from torch._dynamo import exc
+
+    return (exc.TorchRuntimeError,)
+
+
 # --- activation checkpoints (seen in 2.11, 2.13) -------------------------------------------------------------------
 
 
