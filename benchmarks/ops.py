@@ -33,8 +33,7 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     "streams_backward": (boundary, "streams_config", [
         {"BT": bt, "BC": bc, "SPAN": span, "num_warps": warps, "num_stages": stages}
         for bt, bc, span, warps, stages in (
-            (16, 32, 256, 1, 1), (16, 32, 1024, 1, 1), (32, 32, 512, 2, 1), (64, 32, 512, 4, 1), (64, 32, 1024, 4, 2),
-            (64, 32, 512, 4, 2), (64, 32, 4096, 4, 1), (16, 64, 512, 1, 1),
+            (64, 32, 512, 4, 1), (64, 32, 256, 4, 1), (128, 32, 512, 8, 1), (128, 32, 1024, 8, 1), (32, 32, 512, 2, 1),
         )
     ]),
 }  # fmt: skip
@@ -43,7 +42,13 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
 def project_sweep(total: int) -> list[dict[str, int]]:
     found = []
     splits = coefficients.project_splits(8192, 32, total, 2)
-    for bt, bk, warps, stages in ((64, 128, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3)):
+    for bt, bk, warps, stages in (
+        (64, 128, 4, 3),
+        (128, 64, 8, 4),
+        (128, 128, 8, 3),
+        (128, 128, 8, 4),
+        (128, 128, 4, 3),
+    ):
         found.append({"BT": bt, "BK": bk, "SPAN": total // splits, "num_warps": warps, "num_stages": stages})
     return found
 
@@ -80,9 +85,7 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
     splits = coefficients.project_splits(tokens, 32, n * width, 2)
     partial = coefficients.project(x, hi, lo, 24, 32, splits)
     outs = coefficients.activate(partial, bias, *alphas, n * width, *flat)
-    dm, multiple, _ = coefficients_backward.logits_backward(
-        p, q, h, outs[3], bias, *alphas, n * width, False, *flat
-    )
+    dm, multiple, _ = coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat)
     dealt = boundary.dealt_phi(phi, dm.dtype, n)
     return {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
@@ -130,7 +133,11 @@ def main() -> None:
                         print(f"  {name:18s} {config}: {type(error).__name__} {str(error)[:80]}")
                         continue
                 print(f"  {name:18s} {us:8.1f} us  {us / u:6.2f} u  floor {floor:5.1f}  {config or ''}", flush=True)
-                results[f"{name}/{width}" + (f"/{config}" if config else "")] = {"us": us, "u": us / u, "floor_u": floor}
+                results[f"{name}/{width}" + (f"/{config}" if config else "")] = {
+                    "us": us,
+                    "u": us / u,
+                    "floor_u": floor,
+                }
     if not arguments.sweep and not arguments.only:
         print(save("ops", {"tokens": arguments.tokens, "results": results}))
 

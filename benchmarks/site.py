@@ -127,7 +127,18 @@ def liger_chain() -> Callable[..., Tensor] | str:
     def run(x: Tensor, sites: list[Site]) -> Tensor:
         for phi, bias, a, b, c, weight in sites:
             pre, post, res = liger_mhc_coeffs(
-                x, phi.t(), bias, a, b, c, allow_fp32=False, tmax=20, rms_eps=EPS, pre_eps=EPS, sinkhorn_eps=EPS, post_mult=2.0
+                x,
+                phi.t(),
+                bias,
+                a,
+                b,
+                c,
+                allow_fp32=False,
+                tmax=20,
+                rms_eps=EPS,
+                pre_eps=EPS,
+                sinkhorn_eps=EPS,
+                post_mult=2.0,
             )
             y = rms_norm(liger_mhc_pre(x, pre), weight)
             x = liger_mhc_post_res(x, y, post, res)
@@ -147,6 +158,7 @@ def tile_kernels_chain() -> Callable[..., Tensor] | str:
 
 def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
     patches: Any = config_patches(Options(), log)
+    opaque: Any = config_patches(Options(), LoweringLog(), opaque_launches=True)
     native: Any = config_patches(Options(lowering="native"), LoweringLog())
     return {
         "eager, spelled": spelled,
@@ -154,6 +166,7 @@ def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
         "Liger": liger_chain(),
         "TileKernels": tile_kernels_chain(),
         "mhc, native bodies through inductor": torch.compile(ours, fullgraph=True, options=native),
+        "mhc, opaque launches": torch.compile(ours, fullgraph=True, options=opaque),
         "mhc": torch.compile(ours, fullgraph=True, options=patches),
         "mhc, single_pass": torch.compile(single_pass, fullgraph=True, options=patches),
     }

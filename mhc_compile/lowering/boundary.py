@@ -113,9 +113,12 @@ def streams_backward_kernel(
             tl.store(out_ptr + state + i * C, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def streams_config(tokens: int, width: int) -> dict[str, int]:
-    """One warp with 16 tokens by 32 channels a step; a program walks over up to 512 channels."""
-    return {"BT": 16, "BC": 32, "SPAN": min(512, triton.cdiv(width, 32) * 32), "num_warps": 1, "num_stages": 1}
+def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them); a program walks over 512 channels."""
+    span = min(512, triton.cdiv(width, GROUP) * GROUP)
+    if tokens <= 16 or itemsize > 2:
+        return {"BT": 16, "BC": GROUP, "SPAN": span, "num_warps": 1, "num_stages": 1}
+    return {"BT": 64, "BC": GROUP, "SPAN": span, "num_warps": 4, "num_stages": 1}
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
@@ -152,11 +155,12 @@ def streams_backward(
     tokens, n, width = x.shape
     out = torch.empty_like(x)
     if nonempty(tokens):
-        config = streams_config(hint(tokens), width)
+        config = streams_config(hint(tokens), width, x.element_size())
         padded = 16 if phi is None else phi.shape[0]
         grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),)
         launch(
-            streams_backward_kernel, grid,
+            streams_backward_kernel,
+            grid,
             x,
             x if grad is None else by_token(grad, 2),
             x if h_res is None else by_token(h_res, 2),
@@ -219,9 +223,7 @@ def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:
     *results, dm, phi, multiple = coefficients_pieces(*args)
     x, needs = args[3], args[10]
     if needs[0]:
-        results[0] = torch.ops.mhc_kernel.streams_backward.default(
-            x, None, None, False, None, None, dm, phi, multiple
-        )
+        results[0] = torch.ops.mhc_kernel.streams_backward.default(x, None, None, False, None, None, dm, phi, multiple)
     return tuple(results)
 
 

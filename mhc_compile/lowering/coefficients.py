@@ -168,17 +168,17 @@ def activate_kernel(
 
 
 def project_tile(tokens: int, padded: int, itemsize: int) -> tuple[int, int]:
-    """(tokens, channels) of a tile: 128 x 128 where there are enough tokens and phi is narrow."""
+    """(tokens, channels) of a tile: 64 x 128 where phi is narrow."""
     if itemsize > 2 or padded > 64:
         return (16 if tokens <= 32 else 32), 64
-    return (16 if tokens <= 32 else 64 if tokens <= 1024 else 128), 128
+    return (16 if tokens <= 32 else 64), 128
 
 
 def project_splits(tokens: int, padded: int, total: int, itemsize: int) -> int:
     """Parts of the channels that make enough programs for every multiprocessor: the fewer tokens, the more parts."""
     bt, bk = project_tile(tokens, padded, itemsize)
     programs, splits = triton.cdiv(max(tokens, 1), bt), 1
-    while programs * splits < 128 and splits < 16 and total // (splits * 2) >= 4 * bk:
+    while programs * splits < 256 and splits < 16 and total // (splits * 2) >= 4 * bk:
         splits *= 2
     return splits
 
@@ -187,7 +187,7 @@ def project_config(tokens: int, padded: int, total: int, itemsize: int, splits: 
     """Tile, channels a program, warps and stages."""
     bt, bk = project_tile(tokens, padded, itemsize)
     span = triton.cdiv(triton.cdiv(total, splits), bk) * bk
-    return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 8 if bt == 128 else 4, "num_stages": 3 if itemsize == 2 else 2}
+    return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
 
 
 @kernel_op("project")
@@ -203,8 +203,18 @@ def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded:
     if nonempty(tokens):
         lo = phi_hi if phi_lo is None else phi_lo
         launch(
-            project_kernel, (triton.cdiv(tokens, config["BT"]), splits),
-            x3, phi_hi, lo, out, tokens, TOTAL=total, K=rows, KP=padded, TWO=phi_lo is not None, **config
+            project_kernel,
+            (triton.cdiv(tokens, config["BT"]), splits),
+            x3,
+            phi_hi,
+            lo,
+            out,
+            tokens,
+            TOTAL=total,
+            K=rows,
+            KP=padded,
+            TWO=phi_lo is not None,
+            **config,
         )
     return out
 

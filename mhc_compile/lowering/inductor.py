@@ -156,17 +156,19 @@ class LaunchPass(CustomGraphPass):
         return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted())
 
 
-def config_patches(options: Any, log: LoweringLog, key: str = "") -> dict[str, object]:
+def config_patches(options: Any, log: LoweringLog, key: str = "", opaque_launches: bool = False) -> dict[str, object]:
     """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
 
     `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache hit,
     when nothing is lowered). `key` is the identity of what torch's cache keys leave out: tags on the graph's nodes (a
-    recompute plan).
+    recompute plan). `opaque_launches` keeps every kernel call one opaque op, to tell launch trouble from kernel trouble.
     """
-    return {
-        "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key)),
-        "post_grad_custom_post_pass": chain_graph_passes("post_grad_custom_post_pass", LaunchPass(log)),
+    patches: dict[str, object] = {
+        "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     }
+    if not opaque_launches:
+        patches["post_grad_custom_post_pass"] = chain_graph_passes("post_grad_custom_post_pass", LaunchPass(log))
+    return patches
 
 
 __all__ = ["BACKWARD_TARGETS", "FORWARD_TARGETS", "LowerPass", "config_patches", "lower", "native_body", "source_hash"]

@@ -6,11 +6,13 @@ serves every number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -19,11 +21,18 @@ from mhc_compile.compat import inductor_decompositions
 from .base import fake
 
 
-def trace(function: Callable[..., Any], nodes: Sequence[fx.Node]) -> fx.GraphModule:
-    """`function` over the fake values of `nodes`, as an ATen graph decomposed the way inductor wants it."""
+def trace(function: Callable[..., Any], nodes: Sequence[fx.Node], prune: bool = True) -> fx.GraphModule:
+    """`function` over the fake values of `nodes`, as an ATen graph decomposed the way inductor wants it.
+
+    `prune` drops dead code; not for a body that launches kernels, which torch 2.11 takes for dead.
+    """
     values = [node.meta["val"] for node in nodes]
-    traced = make_fx(function, decomposition_table=inductor_decompositions(), tracing_mode="real")(*values)
-    traced.graph.eliminate_dead_code()
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    # What the body allocates must be fake too, on a machine without the device as on one with it.
+    with mode if mode is not None else contextlib.nullcontext():
+        traced = make_fx(function, decomposition_table=inductor_decompositions(), tracing_mode="real")(*values)
+    if prune:
+        traced.graph.eliminate_dead_code()
     return traced
 
 
@@ -62,7 +71,7 @@ def replace(node: fx.Node, outputs: Any) -> None:
     node.graph.erase_node(node)
 
 
-def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Sequence[Any]) -> None:
+def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Sequence[Any], prune: bool = True) -> None:
     """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs."""
     flat, spec = pytree.tree_flatten(list(args))
     positions = [index for index, value in enumerate(flat) if isinstance(value, fx.Node)]
@@ -74,7 +83,7 @@ def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Seque
         return function(*pytree.tree_unflatten(filled, spec))
 
     nodes = [flat[index] for index in positions]
-    body = trace(closed, nodes)
+    body = trace(closed, nodes, prune)
     replace(node, inline(node.graph, node, body, nodes))
 
 

@@ -95,8 +95,10 @@ def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
             continue
         try:
             with traced_launches():
-                replace_by_function(node, KERNEL_OPS[node.target], list(arguments(node).values()))
-        except Exception as error:  # torch's tracing of user kernels differs between versions; the opaque call is right too
+                replace_by_function(node, KERNEL_OPS[node.target], list(arguments(node).values()), prune=False)
+        except (
+            Exception
+        ) as error:  # torch's tracing of user kernels differs between versions; the opaque call is right too
             log.record(name, "opaque", f"{type(error).__name__}: {str(error)[:200]}")
             continue
         opened += 1

@@ -60,7 +60,7 @@ class MlirModule:
 
 def to_mlir(
     graph: fx.GraphModule,
-    *inputs: Tensor,
+    *inputs: Any,
     output_type: str = "linalg-on-tensors",
     dynamic: Mapping[int, int | Sequence[int]] | None = None,
     weights: str = "inline",
@@ -70,7 +70,7 @@ def to_mlir(
     Args:
         graph: the graph; a model must go through ``standalone`` first, or it would come out without its
             hyper-connections.
-        inputs: one tensor for each input of the graph; only shapes and dtypes are read.
+        inputs: as given to ``standalone``; of the tensors among them, shapes and dtypes are read.
         output_type: ``linalg-on-tensors``, ``torch`` (the dialect that IREE takes), ``stablehlo`` or ``tosa``.
         dynamic: position of an input -> axis or axes that may vary; None means those that ``standalone`` was told of.
         weights: ``inline`` (constants of the module) or ``external`` (the first arguments of ``main``).
@@ -85,6 +85,7 @@ def to_mlir(
     if weights not in WEIGHTS:
         raise OptionError(f"weights={weights!r} is not legal", cure=f"one of {', '.join(WEIGHTS)}")
     torch_mlir()
+    inputs = flat_tensors(inputs)
     traced, held = trace(graph, inputs, _axes(graph, dynamic))
     if weights == "inline":
         bind_weights(traced, held)
@@ -92,17 +93,17 @@ def to_mlir(
     return MlirModule(module, output_type, held if weights == "external" else {}, *slots(traced))
 
 
-def run_mlir(graph: fx.GraphModule, *inputs: Tensor, engine: str = "auto") -> tuple[Tensor, ...]:
+def run_mlir(graph: fx.GraphModule, *inputs: Any, engine: str = "auto") -> tuple[Tensor, ...]:
     """Lower, compile and run a graph of ``standalone`` on the CPU, once; see ``compile_mlir``."""
-    return compile_mlir(graph, *inputs, engine=engine)(*inputs)
+    return compile_mlir(graph, *inputs, engine=engine)(*flat_tensors(inputs))
 
 
-def compile_mlir(graph: fx.GraphModule, *inputs: Tensor, engine: str = "auto") -> mlir_engines.Compiled:
+def compile_mlir(graph: fx.GraphModule, *inputs: Any, engine: str = "auto") -> mlir_engines.Compiled:
     """Lower and compile a graph of ``standalone`` for the CPU.
 
     Args:
         graph: the graph; its weights are read where they are, not copied into the artefact.
-        inputs: one tensor for each input of the graph.
+        inputs: as ``to_mlir``.
         engine: ``iree`` (real code; needs iree-base-compiler and iree-base-runtime), ``wheel`` (LLVM's JIT from the
             torch-mlir wheel, scalar loops: for tests and small shapes), or ``auto``: IREE where it is installed.
 
@@ -180,6 +181,11 @@ def decompositions() -> dict[Any, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ tracing
+def flat_tensors(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The tensors among the inputs of a model, in the order in which ``standalone`` takes them."""
+    return tuple(leaf for leaf in pytree.tree_leaves(list(inputs)) if isinstance(leaf, Tensor))
+
+
 def _axes(graph: fx.GraphModule, dynamic: Mapping[int, int | Sequence[int]] | None) -> dict[int, tuple[int, ...]]:
     if not isinstance(graph, fx.GraphModule):
         raise OptionError(

@@ -145,8 +145,18 @@ def forward(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, tr
         config = post_config(width)
         h = q if h_res is None else by_token(h_res, 2)
         launch(
-            post_kernel, (tokens * triton.cdiv(width, config["BC"]),),
-            x, branch, q, h, out, C=width, N=n, HAS_RES=h_res is not None, TRANSPOSE=transpose, **config
+            post_kernel,
+            (tokens * triton.cdiv(width, config["BC"]),),
+            x,
+            branch,
+            q,
+            h,
+            out,
+            C=width,
+            N=n,
+            HAS_RES=h_res is not None,
+            TRANSPOSE=transpose,
+            **config,
         )
     return out.view(streams.shape)
 

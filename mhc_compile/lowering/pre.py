@@ -83,8 +83,15 @@ def forward(streams: Tensor, h_pre: Tensor) -> Tensor:
     if nonempty(tokens):
         block = chunk_of(width)
         launch(
-            pre_kernel, (tokens * triton.cdiv(width, block),),
-            x, p, out, C=width, N=n, BC=block, num_warps=max(1, min(4, block // 256))
+            pre_kernel,
+            (tokens * triton.cdiv(width, block),),
+            x,
+            p,
+            out,
+            C=width,
+            N=n,
+            BC=block,
+            num_warps=max(1, min(4, block // 256)),
         )
     return out.view(*streams.shape[:-2], width)
 

@@ -64,7 +64,9 @@ def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> 
 
 
 @triton.jit
-def divisor(m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def divisor(
+    m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr
+) -> tl.tensor:  # noqa: ANN001
     """The divisors of one half step along AXIS, kept as a dimension of size 1."""
     total = tl.sum(m, axis=AXIS, keep_dims=True)
     if CLAMP:
@@ -242,8 +244,16 @@ def forward(
     if nonempty(tokens):
         block = tokens_a_program(n)
         launch(
-            sinkhorn_kernel, (triton.cdiv(tokens, block),),
-            x, out, tokens, N=n, NP=triton.next_power_of_2(n), TOKENS=block, num_warps=1, **constants(spec)
+            sinkhorn_kernel,
+            (triton.cdiv(tokens, block),),
+            x,
+            out,
+            tokens,
+            N=n,
+            NP=triton.next_power_of_2(n),
+            TOKENS=block,
+            num_warps=1,
+            **constants(spec),
         )
     return out.view(logits.shape)
 
@@ -274,8 +284,17 @@ def backward(
     if nonempty(tokens):
         block = tokens_a_program(n)
         launch(
-            sinkhorn_backward_kernel, (triton.cdiv(tokens, block),),
-            g, x, out, tokens, N=n, NP=triton.next_power_of_2(n), TOKENS=block, num_warps=1, **constants(spec)
+            sinkhorn_backward_kernel,
+            (triton.cdiv(tokens, block),),
+            g,
+            x,
+            out,
+            tokens,
+            N=n,
+            NP=triton.next_power_of_2(n),
+            TOKENS=block,
+            num_warps=1,
+            **constants(spec),
         )
     return out.view(logits.shape)
 

@@ -1,0 +1,64 @@
+"""Compile through AOTAutograd and our graph passes, without inductor's code generation: quick, and the same graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mhc_compile.config import Options
+from mhc_compile.lowering.base import LoweringLog
+from mhc_compile.lowering.inductor import LowerPass
+from mhc_compile.ops import CoefficientSpec, SinkhornSpec
+
+SPEC = CoefficientSpec(sinkhorn=SinkhornSpec(steps=4))
+
+
+def lowered(function: Callable[..., Any], options: Options, log: LoweringLog, seen: list[fx.GraphModule]) -> Any:
+    """`torch.compile` of `function` with the lowering pass on both partitioned graphs, which are kept in `seen`."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    def compiler(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
+        LowerPass(options, log)(gm.graph)
+        gm.recompile()
+        seen.append(gm)
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )  # fmt: skip
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def chain(x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
+    """expand, two sites around a small branch, collapse."""
+    state = torch.ops.mhc.expand.default(x, 4)
+    for index in range(2):
+        own = parameters[5 * index : 5 * index + 5]
+        pre, post, res, _ = torch.ops.mhc.coefficients.default(state, *own, **SPEC.op_arguments())
+        y = torch.nn.functional.silu(torch.ops.mhc.pre.default(state, pre) @ w)
+        state = torch.ops.mhc.post.default(state, y, post, res, False)
+    return torch.ops.mhc.collapse.default(state, "mean")
+
+
+def inputs(tokens: int, width: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    tensors = [random(2, tokens, width).to(dtype), random(width, width, scale=0.2).to(dtype)]
+    for _ in range(2):
+        tensors += [random(24, 4 * width, scale=0.1), random(24), *(torch.tensor(0.3 + 0.1 * i) for i in range(3))]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def gradients(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    """[output, gradients...] of the sum of squares."""
+    out = function(*tensors)
+    return [out, *torch.autograd.grad(out.float().square().sum() if out.dtype != torch.float64 else out.square().sum(), tensors)]

@@ -1,0 +1,162 @@
+"""Kernels against the native bodies in float64, under Triton's interpreter. Run by test_interpreter.py in a process of its
+own: TRITON_INTERPRET is read when Triton is imported. Uninitialised memory is filled with NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhc_compile import ops
+from mhc_compile.lowering import boundary, coefficients, launch, post, pre, sinkhorn
+from mhc_compile.ops import CoefficientSpec, SinkhornSpec
+
+CASES = [
+    (4, 50, torch.bfloat16, (2, 2)),
+    (4, 64, torch.bfloat16, (3,)),
+    (3, 33, torch.float32, (7,)),
+    (2, 16, torch.float16, (5,)),
+    (8, 40, torch.bfloat16, (3,)),
+    (1, 24, torch.bfloat16, (1,)),
+    (4, 50, torch.bfloat16, (0,)),
+]
+RMS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Any:
+    """Every uninitialised tensor holds NaN, so that an element nobody writes is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check(got: Any, want: Any, bound: float) -> None:
+    got = (got,) if isinstance(got, Tensor) else got
+    want = (want,) if isinstance(want, Tensor) else want
+    assert len(got) == len(want)
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape, index
+        error = float((a.double() - b.double()).norm() / (b.double().norm() + 1e-12))
+        assert error <= bound, (index, error)
+
+
+def test_the_interpreter_is_on() -> None:
+    assert launch.INTERPRETED
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("positivity", ["softmax", "exp", "exp_rowmax", "log", "abs"])
+def test_sinkhorn(n: int, positivity: str) -> None:
+    every = [("row", 5, (1e-3, "add")), ("column", 4, (0.3, "clamp")), ("row", 0, (1e-3, "add"))]
+    for first, steps, (eps, mode) in every if n == 4 else [("column", 4, (1e-3, "add"))]:
+        log = positivity == "log"
+        spec = SinkhornSpec(positivity, 0.0 if log else 1e-3, first, steps, 0.0 if log else eps, mode)
+        x, g = torch.randn(11, n, n), torch.randn(11, n, n)
+        flat = spec.op_arguments()
+        check(sinkhorn.forward(x, **flat), sinkhorn_native(x, spec), 2e-6)
+        want = ops.sinkhorn.native_backward(g.double(), x.double(), **flat)
+        if n > 1:
+            check(sinkhorn.backward(g, x, **flat), want, 3e-5)
+
+
+def sinkhorn_native(x: Tensor, spec: SinkhornSpec) -> Tensor:
+    return ops.sinkhorn.native(x.double(), **spec.op_arguments())
+
+
+def test_sinkhorn_forty_steps() -> None:
+    spec = SinkhornSpec()
+    x, g = torch.randn(3, 4, 4) * 3, torch.randn(3, 4, 4)
+    check(sinkhorn.forward(x, **spec.op_arguments()), sinkhorn_native(x, spec), 5e-6)
+    want = ops.sinkhorn.native_backward(g.double(), x.double(), **spec.op_arguments())
+    check(sinkhorn.backward(g, x, **spec.op_arguments()), want, 2e-4)
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), CASES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_post(n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...], transpose: bool) -> None:
+    x, y, g = (torch.randn(*lead, *tail).to(dtype) for tail in ((n, width), (width,), (n, width)))
+    q, h = torch.randn(*lead, n), torch.randn(*lead, n, n)
+    for res in (h, None):
+        args = (x, y, q, res)
+        check(post.forward(*args, transpose), ops.post.native(*map(double, args), transpose), RMS[dtype])
+        needs = [True, True, True, res is not None]
+        want = ops.post.native_backward(*map(double, (g, *args)), transpose, needs)
+        check(post.backward(g, *args, transpose, needs), want, RMS[dtype])
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), CASES)
+def test_pre(n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    x, du, p = torch.randn(*lead, n, width).to(dtype), torch.randn(*lead, width).to(dtype), torch.randn(*lead, n)
+    check(pre.forward(x, p), ops.pre.native(double(x), double(p)), RMS[dtype])
+    want = ops.pre.native_backward(double(du), double(x), double(p), [True, True])
+    check(pre.backward(du, x, p, [True, True]), want, RMS[dtype])
+
+
+SPECS = {
+    "default": {"sinkhorn": SinkhornSpec(steps=4)},
+    "outside": {"layout": "pre,res,post", "norm": "rms_outside", "norm_eps": 1e-3, "res": "linear", "sinkhorn": None},
+    "pre only": {"layout": "pre", "norm": "none", "res": "none", "sinkhorn": None},
+    "linear gate": {"gate": "linear", "sinkhorn": SinkhornSpec(steps=3), "mix_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [CASES[0], CASES[2], CASES[3], CASES[4], CASES[6]])
+@pytest.mark.parametrize("which", list(SPECS))
+def test_coefficients(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    spec = CoefficientSpec(streams=n, **SPECS[which])
+    x, phi, bias = torch.randn(*lead, n, width).to(dtype), torch.randn(spec.rows, n * width) * 0.2, torch.randn(spec.rows)
+    args = (x, phi, bias, torch.tensor(0.7), torch.tensor([0.9]), torch.tensor(0.5))
+    flat = list(spec.op_arguments().values())
+    got, want = coefficients.forward(*args, *flat), ops.coefficients.native(*map(double, args), *flat)
+    check(got, want, 1e-2 if spec.mix_dtype else 2e-5)
+    grads = [torch.randn(value.shape) if value.numel() else None for value in got[:3]]
+    if not x.numel():
+        grads = [None if value.shape[-1] == 0 else torch.randn(value.shape) for value in got[:3]]
+    needs = [True] * 6
+    actual = boundary.coefficients_backward(*grads, *args, got[3], needs, *flat)
+    exact = ops.coefficients.native_backward(*map(double, grads), *map(double, args), want[3], needs, *flat)
+    check(actual[:1], exact[:1], RMS[dtype])
+    check(actual[1:], exact[1:], 2e-3)
+
+
+def test_few_tokens_split_the_channels() -> None:
+    """Decode: the projection is split over the channels and summed by who reads it."""
+    spec = CoefficientSpec(sinkhorn=SinkhornSpec(steps=2))
+    assert coefficients.project_splits(2, 32, 4 * 2048, 2) > 1
+    x, phi = torch.randn(2, 4, 2048).bfloat16(), torch.randn(24, 4 * 2048) * 0.02
+    args = (x, phi, torch.randn(24), *(torch.tensor(0.5) for _ in range(3)))
+    flat = list(spec.op_arguments().values())
+    check(coefficients.forward(*args, *flat), ops.coefficients.native(*map(double, args), *flat), 1e-4)
+
+
+def test_stream_gradient_in_one_pass() -> None:
+    """All terms at once equal the sum of the terms, in fewer roundings."""
+    n, width, tokens = 4, 70, 21
+    spec = CoefficientSpec()
+    x, g = torch.randn(tokens, n, width).bfloat16(), torch.randn(tokens, n, width).bfloat16()
+    du, p, h = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, n), torch.randn(tokens, n, n)
+    phi, multiple = torch.randn(spec.rows, n * width), torch.randn(tokens)
+    dm = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    dm[:, : spec.rows] = torch.randn(tokens, spec.rows).bfloat16()
+    dealt = boundary.dealt_phi(phi, torch.bfloat16, n)
+    got = boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple)
+    want = torch.einsum("toi,toc->tic", h.double(), g.double()) + p.double()[..., None] * du.double()[:, None]
+    want += (dm[:, : spec.rows].double() @ phi.bfloat16().double()).view(tokens, n, width)
+    want += multiple.double()[:, None, None] * x.double()
+    check(got, want, 6e-3)
+
+
+def test_non_contiguous_inputs() -> None:
+    x = torch.randn(5, 32, 4).bfloat16().transpose(1, 2)
+    p = torch.randn(4, 5).t()
+    check(pre.forward(x, p), ops.pre.native(x.double(), p.double()), 6e-3)
+    y = torch.randn(32, 5).bfloat16().t()
+    check(post.forward(x, y, p, None, False), ops.post.native(x.double(), y.double(), p.double(), None), 6e-3)
