@@ -1,4 +1,5 @@
 """``python -m mhc_compile explain <model>``: what the backend would do with a model. ``env``: what it runs on.
+``mlir <model> -o out.mlir``: the converted model as MLIR.
 
 A model is one of
 
@@ -32,8 +33,20 @@ from torch import nn
 import mhc_compile
 from mhc_compile.config import ENVIRONMENT_PREFIX, resolve
 from mhc_compile.errors import MhcError, MissingDependencyError, OptionError
+from mhc_compile.lowering.mlir import OUTPUT_TYPES, WEIGHTS, to_mlir
 
-PACKAGES = ("torch", "triton", "transformers", "networkx", "scipy", "rich", "safetensors", "torch-mlir", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "networkx",
+    "scipy",
+    "rich",
+    "safetensors",
+    "torch-mlir",
+    "iree-base-compiler",
+    "numpy",
+)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -149,11 +162,8 @@ def example_inputs(model: nn.Module, batch: int, length: int) -> tuple[Any, ...]
     )
 
 
-# ------------------------------------------------------------------------------------------------ the commands
-def explain(arguments: argparse.Namespace) -> int:
-    """``explain``: print the report; 1 if the model cannot be converted."""
-    options = _assignments(arguments.option, "--option")
-    resolve(options)  # a wrong option is said before the model is built
+def load(arguments: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The model that a command names, and its example inputs."""
     place, colon, function = arguments.model.rpartition(":")
     if colon and function.isidentifier() and place:
         model, inputs = from_factory(place, function)
@@ -164,11 +174,40 @@ def explain(arguments: argparse.Namespace) -> int:
     else:
         model = from_config(arguments.model, _assignments(arguments.set, "--set"))
         inputs = example_inputs(model, arguments.batch, arguments.length)
+    return model, inputs
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+def explain(arguments: argparse.Namespace) -> int:
+    """``explain``: print the report; 1 if the model cannot be converted."""
+    options = _assignments(arguments.option, "--option")
+    resolve(options)  # a wrong option is said before the model is built
+    model, inputs = load(arguments)
     report = mhc_compile.explain(model, *inputs, **options)
     if arguments.graph:
         print(report.graph)
     print(report.to_json() if arguments.json else str(report))
     return 1 if report.error else 0
+
+
+def mlir(arguments: argparse.Namespace) -> int:
+    """``mlir``: write the converted model as MLIR. Weights that exist are in it; those of a configuration are not."""
+    options = _assignments(arguments.option, "--option")
+    resolve(options)
+    model, inputs = load(arguments)
+    weights = arguments.weights
+    if weights is None:
+        weights = "external" if any(p.is_meta for p in model.parameters()) else "inline"
+    dynamic: dict[int | str, int] = {
+        int(name) if name.isdecimal() else name: int(axis)
+        for name, axis in _assignments(arguments.dynamic, "--dynamic").items()
+    }
+    graph = mhc_compile.standalone(model.eval(), *inputs, dynamic=dynamic or None, **options)
+    lowered = to_mlir(graph, *inputs, output_type=arguments.type, weights=weights)
+    lowered.save(arguments.output)
+    where = f"{len(lowered.weights)} weights as its first arguments" if lowered.weights else "its weights inside"
+    print(f"{arguments.output}: {type(model).__name__} as {arguments.type}, {where}")
+    return 0
 
 
 def environment() -> dict[str, Any]:
@@ -213,27 +252,48 @@ def env(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _model_arguments(parser: argparse.ArgumentParser, option: str) -> None:
+    """What names a model, its inputs and the options; ``option`` is the short form of ``--option``."""
+    parser.add_argument("model", help="config.json, a folder with one, a model type, or file.py:factory")
+    parser.add_argument(
+        option,
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the backend",
+    )
+    parser.add_argument(
+        "-s", "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="rows of the example input (default: 1)")
+    parser.add_argument("--length", type=int, default=64, help="tokens of the example input (default: 64)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mhc_compile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     first = commands.add_parser("explain", help="what the backend would do with a model")
-    first.add_argument("model", help="config.json, a folder with one, a model type, or file.py:factory")
-    first.add_argument(
-        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the backend"
-    )
-    first.add_argument(
-        "-s", "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration"
-    )
-    first.add_argument("--batch", type=int, default=1, help="rows of the example input (default: 1)")
-    first.add_argument("--length", type=int, default=64, help="tokens of the example input (default: 64)")
+    _model_arguments(first, "-o")
     first.add_argument("--json", action="store_true", help="the report as JSON")
     first.add_argument("--graph", action="store_true", help="the rewritten graph too")
     first.set_defaults(command=explain)
     second = commands.add_parser("env", help="versions, devices and settings")
     second.add_argument("--json", action="store_true", help="as JSON")
     second.set_defaults(command=env)
+    third = commands.add_parser("mlir", help="the converted model as MLIR")
+    _model_arguments(third, "-O")
+    third.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the text goes")
+    third.add_argument("-t", "--type", choices=OUTPUT_TYPES, default=OUTPUT_TYPES[0], help="dialect of the text")
+    third.add_argument(
+        "--weights", choices=WEIGHTS, help="constants, or arguments (default: constants if there are any)"
+    )
+    third.add_argument(
+        "-d", "--dynamic", action="append", default=[], metavar="INPUT=AXIS", help="a size that may vary: input_ids=1"
+    )
+    third.set_defaults(command=mlir)
     return parser
 
 

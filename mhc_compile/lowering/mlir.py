@@ -54,8 +54,9 @@ class MlirModule:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the whole text."""
-        Path(path).write_text(self.text(), encoding="utf-8")
+        """Write the whole text, after a comment for each weight that is an argument."""
+        names = "".join(f"// %arg{index}: {name}\n" for index, name in enumerate(self.weights))
+        Path(path).write_text(names + self.text(), encoding="utf-8")
 
 
 def to_mlir(
