@@ -18,6 +18,11 @@ from torch import fx
 from mhc_compile.capture.graph import Builder, meta_value
 
 INPLACE_ADDS = ("iadd", "add_", "__iadd__")
+_INPLACE = frozenset(
+    """
+    setitem __setitem__ iadd isub imul itruediv ifloordiv ipow iand ior ixor __iadd__ __isub__ __imul__ __itruediv__
+    """.split()
+)
 
 _MAY_ALIAS = frozenset(
     """
@@ -117,21 +122,39 @@ def _is_private(tensor: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> b
         if other is tensor:
             continue
         later = [u for u in other.users if order.get(u, -1) > order[write]]
-        if later and _aliases_without(other, write):
+        if later and _aliases_without(other, tensor, write, order):
             return False
     return True
 
 
-def _aliases_without(other: fx.Node, write: fx.Node) -> bool:
-    """False when ``other`` is a name made from the write's own result: it reads the new value in both forms."""
+def _aliases_without(other: fx.Node, tensor: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """False when ``other`` is a name made after the write: both forms read the new value there."""
     node: Any = other
     while isinstance(node, fx.Node):
         if node is write:
             return False
         if op_name(node) not in _MAY_ALIAS or not node.args:
             return True
+        if node.args[0] is tensor and order.get(node, -1) > order[write]:
+            return False
         node = node.args[0]
     return True
+
+
+def written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Values whose storage an in-place operation of the graph writes to, each with (one of) the writes."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        name = op_name(node)
+        is_write = name in _INPLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if is_write or node.kwargs.get("inplace") is True:
+            if not isinstance(meta_value(node.args[0]), torch.Tensor):
+                continue
+            for alias in aliases(node.args[0]):
+                found.setdefault(alias, node)
+    return found
 
 
 def _rename_later_uses(old: fx.Node, new: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> None:

@@ -20,7 +20,7 @@ from torch import fx
 
 from mhc_compile import compat, ops
 from mhc_compile.capture.graph import meta_value, qualified_module, user_line
-from mhc_compile.capture.mutation import INPLACE_ADDS, op_name
+from mhc_compile.capture.mutation import INPLACE_ADDS, is_write, op_name, written
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.passes.chains import assemble
 from mhc_compile.passes.roles import LINEAR, NORM, RANDOM, WEIGHTED, Roles, channel_axis, summands
@@ -72,7 +72,9 @@ class _Finder:
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
         self.sites: dict[fx.Node, ResidualSite] = {}
         self.traces: dict[fx.Node, Trace] = {}
+        self.live = _live(gm)
         self.refusals: list[Refusal] = []
+        self.written = written(gm)
 
     def walk(self) -> None:
         for node in self.gm.graph.nodes:
@@ -194,6 +196,15 @@ class _Finder:
             return "the stream is a DTensor (sequence parallel), which the site operations have no sharding rule for"
         if op_name(node) in INPLACE_ADDS:
             return "the add writes in place into a tensor that is an input or has another name; write x = x + f(x)"
+        if node not in self.live:
+            return "nothing that the graph returns reads the sum"
+        if any(op_name(n) == "detach" for n in self.roles.strip(output, lambda n: n in self.sites)):
+            return "the branch is detached from the gradient (a straight-through estimator), so it has nothing to learn"
+        write = next(
+            (self.written[n] for n in (site.stream, site.carrier, *site.carrier_path) if n in self.written), None
+        )
+        if write is not None:
+            return f"the stream is written in place at {user_line(write) or write.name}, which no copy of it would see"
         if self._is_same_stream(site, output):
             return "skip connection: both operands are states of the same stream, each is read collapsed"
         if self._is_addition_from_outside(site, output):
@@ -254,12 +265,13 @@ class _Finder:
                 site.after_norm, site.norm_parent = trace.barrier, self.sites.get(trace.root)
                 site.cut_by = trace.barrier_role
         self.sites[site.add] = site
-        self.traces[site.add] = Trace(site.add)
+        if site.add not in self.written:
+            self.traces[site.add] = Trace(site.add)
 
     # --- traces ------------------------------------------------------------------------------------------------------
 
     def _trace(self, node: fx.Node) -> Trace | None:
-        if not isinstance(meta_value(node), (torch.Tensor, tuple, list)):
+        if node in self.written or not isinstance(meta_value(node), (torch.Tensor, tuple, list)):
             return None
         traces = [self.traces[arg] for arg in self.roles.values(node) if arg in self.traces]
         if not traces:
@@ -287,6 +299,15 @@ class _Finder:
     def _refuse(self, node: fx.Node, reason: str) -> None:
         module = qualified_module(node)
         self.refusals.append(Refusal("residual add", reason, user_line(node), module))
+
+
+def _live(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that an output or a write depends on."""
+    found: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output" or is_write(node) or any(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _is_whole_norm(path: frozenset[fx.Node], last: fx.Node) -> bool:

@@ -457,7 +457,7 @@ def deep_stack_add() -> nn.Module:
     )
 
 
-@case(layers(2, 2))
+@case(layers(2, 2), "outside")
 def deep_stack_mask() -> nn.Module:
     """``hidden[mask] = hidden[mask] + visual`` with a boolean mask given as data."""
 

@@ -171,7 +171,7 @@ def exact_start(conversion: Conversion) -> None:
             module.bias.data[pre] /= module.bias.data[pre].sum()
 
 
-def run(graph: torch.fx.GraphModule, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+def run(graph: Callable[..., Any], inputs: Sequence[Any], wanted: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
     """Outputs of a graph, and the gradient of a fixed projection of them with respect to ``wanted``."""
     outputs = graph(*inputs)
     flat = [o for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if isinstance(o, Tensor)]
