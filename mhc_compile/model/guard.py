@@ -40,7 +40,8 @@ def _refuse(module: nn.Module, how: str) -> None:
     raise UncompiledError(
         f"a converted model {how}: {type(module).__name__} would run without its hyper-connections",
         cure="call the compiled model (model.compile(backend='mhc') also covers generate()); if Dynamo fell back to "
-        "eager, TORCH_LOGS=recompiles,graph_breaks says why (a TorchDispatchMode around the call is one reason); for the plain model on purpose use "
+        "eager, TORCH_LOGS=recompiles,graph_breaks says why (a TorchDispatchMode around the call is one reason); "
+        "for the plain model on purpose use "
         "`with mhc_compile.plain():` or mhc_compile.to_plain(model)",
     )
 
