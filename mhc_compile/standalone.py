@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from mhc_compile import compat
 from mhc_compile.api import split_inputs, trace
 from mhc_compile.capture.graph import copy_graph, meta_value
 from mhc_compile.convert import Conversion
@@ -73,20 +74,18 @@ def standalone(model: nn.Module, *inputs: Any, dynamic: Axes | None = None, **op
     args, kwargs = split_inputs(model, inputs)
     if dynamic is not None:
         args, kwargs = _mark(args, kwargs, dynamic)
-    try:
+    with torch.enable_grad():  # so that regions without gradients are seen; the graph runs in either mode
         conversion = trace(model, [*args, kwargs] if kwargs else args, options, commit=False)
-    except _constraint_violation() as error:
-        raise OptionError(
-            f"a size named dynamic is fixed by the model: {str(error).splitlines()[0]}",
-            cure="leave that axis out of `dynamic`, or use an example input whose size is neither 0 nor 1",
-        ) from error
-    return _assemble(conversion, _tensors(model, args, kwargs))
-
-
-def _constraint_violation() -> type[Exception]:
-    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
-
-    return ConstraintViolationError
+    tensors = _tensors(model, args, kwargs)
+    graph = _assemble(conversion, tensors)
+    for position, (name, tensor) in enumerate(tensors.items()):
+        for axis in sorted(getattr(tensor, "_dynamo_dynamic_indices", ())):
+            if axis not in graph.dynamic.get(position, ()):
+                raise OptionError(
+                    f"axis {axis} of {name} is to be dynamic, and the model fixes it to {tensor.shape[axis]}",
+                    cure="leave that axis out; an example size of 0 or 1 is taken for fixed, too",
+                )
+    return graph
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -227,7 +226,7 @@ def _dynamic_axes(inputs: Sequence[fx.Node]) -> dict[int, tuple[int, ...]]:
     found = {}
     for position, node in enumerate(inputs):
         shape = getattr(meta_value(node), "shape", ())
-        axes = tuple(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+        axes = tuple(axis for axis, size in enumerate(shape) if not compat.is_fixed(size))
         if axes:
             found[position] = axes
     return found
