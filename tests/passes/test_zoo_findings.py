@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.passes.models import Block, Lambda, Mlp, Stack, tokens
+from mhc_compile.errors import FragmentError
+from tests.passes.models import WIDTH, Block, Lambda, Mlp, Stack, report, tokens
 from tests.zoo.base import Example, projection_loss
 from tests.zoo.convert import check
 
@@ -32,3 +33,47 @@ def test_model(build: Callable[[], nn.Module], sites: int) -> None:
     outcome = check(Example(build(), {"x": tokens()}, projection_loss), {"compiler": "eager"})
     assert outcome.sites == sites
     assert outcome.problems == []
+
+
+def straight_through(m: Lambda, x: Tensor) -> Tensor:
+    """A quantizer: the value of the code, the gradient of the input (DAC)."""
+    code = m.codes(x) * 0.5
+    return x + (code - x).detach()
+
+
+def test_a_detached_branch_is_no_site() -> None:
+    blocks = [Block(), Lambda(straight_through, codes=nn.Linear(WIDTH, WIDTH)), Block()]
+    result = report(Stack(blocks), tokens())
+    assert [row.module for row in result.sites] == ["layers.0", "layers.0", "layers.2", "layers.2"]
+    assert [refusal.reason for refusal in result.left_alone if "detached" in refusal.reason]
+
+
+class BreakInBranch(nn.Module):
+    """The graph breaks between the projection of a branch and its add, as where lengths become Python numbers."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.embed, self.mix, self.mlp, self.breaks = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), Mlp(), breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = torch.tanh(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        x = x + self.mix(y)
+        return (x + self.mlp(x)).square()
+
+
+def test_a_break_inside_the_first_branch_cuts_the_chain_behind_it() -> None:
+    compiled = torch.compile(BreakInBranch(breaks=True), backend="mhc", options={"compiler": "eager"})
+    with pytest.raises(FragmentError, match="graph break in front of it"):
+        compiled(tokens())
+
+
+def test_a_site_that_nothing_reads_is_left_alone() -> None:
+    def unread(m: Lambda, x: Tensor) -> Tensor:
+        m.mlp(x).add(x)
+        return x
+
+    result = report(Stack([Block(), Lambda(unread, mlp=Mlp())]), tokens())
+    assert [row.module for row in result.sites] == ["layers.0", "layers.0"]

@@ -38,6 +38,7 @@ class Step:
 def step(example: Example, call: Callable[..., Any] | None = None) -> Step:
     """Forward and backward of ``call`` (by default the model itself), gradients cleared before."""
     example.model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # some models draw: masks of patches, codes of a quantizer
     output = (example.model if call is None else call)(**example.inputs)
     outputs = [value.detach().clone() for value in float_outputs(output)]
     loss = example.loss(output)
@@ -72,6 +73,24 @@ def differences(plain: Step, converted: Step, slack: float = 1.0) -> list[str]:
         if not error <= slack * (GRADIENT_TOLERANCE * want.float().norm() + NEAR_ZERO * whole):
             found.append(f"gradient of {name} differs by {error:.2e} of {want.float().norm():.2e}")
     return found
+
+
+def conditioning(example: Example) -> float:
+    """How much more than allowed the model itself moves when its parameters are rounded differently (at least 1).
+
+    Norms over a tiny batch and steep gates amplify rounding; what they do with it is no mistake of a rewrite.
+    """
+    plain = step(example)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in example.model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.mul_(1 + noise * torch.finfo(parameter.dtype).eps)
+    moved, slack = step(example), 1.0
+    while differences(plain, moved, slack) and slack < 1e4:
+        slack *= 2
+    return slack
 
 
 @dataclass

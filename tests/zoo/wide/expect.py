@@ -84,6 +84,8 @@ def _is_residual(node: ast.BinOp, target: str) -> bool:
     """Whether this outermost chain of adds has a carrier among its summands."""
     summands = _leaves(node)
     cores = [_core(summand) for summand in summands]
+    if any(isinstance(summand, ast.Tuple) for summand in summands):
+        return False  # a tuple of outputs grows by one
     if any(CARRIER.fullmatch(core) for core in cores):
         return True
     if any(NO_BRANCH.fullmatch(name) for name in _names(node)) or any(isinstance(s, ast.Constant) for s in summands):

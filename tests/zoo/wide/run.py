@@ -1,8 +1,9 @@
-"""Attempt every architecture: build, run forward and backward, capture.
+"""Put every architecture through the backend: build, run plainly, convert, compare, train two steps.
 
-One process each, so that none can take down the rest.
+One process each, so that none can take down the rest. Where ``status.json`` knows which configuration and inputs run,
+they are taken; otherwise they are searched.
 
-python -m tests.zoo.wide.run [--shard i/n] [--only name ...] [--timeout seconds] [--output file]
+    python -m tests.zoo.wide.run [--shard i/n] [--only name ...] [--status word ...] [--timeout s] [--output file]
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ import signal
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Callable
 from typing import Any
 
-from tests.zoo import base, check, get
+import torch
+
+from mhc_compile.errors import MhcError
+from tests.zoo import base, convert, get
 from tests.zoo.base import Example
-from tests.zoo.wide import expect, feed
+from tests.zoo.wide import expect, feed, status
 from tests.zoo.wide.catalogue import Attempt, attempts
 
 MEMORY = 8 << 30
@@ -69,31 +75,88 @@ def search(attempt: Attempt, row: dict[str, Any]) -> Example:
     raise first or ValueError("no inputs apply")
 
 
-def look(attempt: Attempt, capture: bool = True) -> dict[str, Any]:
-    """One row: where the attempt got to ("stage"), and why not further ("error")."""
+def kind_of(inputs: dict[str, Any]) -> str:
+    """What goes in, in a word."""
+    names = " ".join(inputs)
+    words = "ids" in names or "embeds" in names
+    images = "pixel" in names or "image" in names or "patches" in names or "grid" in names or "visual" in names
+    sounds = "input_features" in names or "input_values" in names
+    kind = "multimodal" if words + images + sounds > 1 and "decoder" not in names else ""
+    kind = kind or ("vision" if images else "audio" if sounds else "text" if words else "other")
+    return f"{kind}, encoder-decoder" if "decoder_input" in names else kind
+
+
+def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -> None:
+    """Fill in what the backend makes of a model that runs: status, sites, reason, problems.
+
+    ``again`` makes another copy of the example. Where the numbers differ by more than the usual rounding, they are held
+    against what the model itself makes of rounding.
+    """
+    counted = expect.count(example)
+    row.update(expected=counted.pre_norm, post_norm=counted.post_norm, where=counted.where)
+    try:
+        outcome = convert.check(example, {"compiler": "eager"})
+        if outcome.problems and all("differs by" in problem for problem in outcome.problems):
+            torch._dynamo.reset()
+            row["slack"] = 8 * convert.conditioning(again())
+            outcome = convert.check(again(), {"compiler": "eager"}, row["slack"])
+    except MhcError as error:
+        left = [f"{r.where} {r.reason}" for r in error.report.left_alone] if error.report is not None else []
+        row.update(status="refused", sites=0, reason=str(error.what), left=left)
+        if "internal error" in error.what:
+            row["status"] = "wrong"
+        if counted.pre_norm and "post-norm" not in error.what:
+            row["doubt"] = "sites were expected"
+        return
+    places = [f"{s.where} {s.module} {s.kind}" for report in outcome.reports for s in report.sites]
+    left = [f"{r.where} {r.module} {r.reason}" for report in outcome.reports for r in report.left_alone]
+    row.update(sites=outcome.sites, graphs=len(outcome.reports), problems=outcome.problems, places=places, left=left)
+    # Four adds and then a norm (a conformer's layer) are a chain that ends, not a norm between the adds.
+    fits = outcome.sites in (counted.pre_norm, counted.pre_norm + counted.post_norm)
+    row["status"] = "converted" if fits and not outcome.problems else "wrong"
+    if not fits:
+        row["reason"] = f"{outcome.sites} sites, {counted.pre_norm} adds in the source"
+    if outcome.problems:
+        row["reason"] = outcome.problems[0]
+
+
+def again(attempt: Attempt, row: dict[str, Any]) -> Example:
+    """The example of a row once more, bit for bit."""
+    example = attempt.example(0, row["level"], row["ladder"])
+    assert example is not None
+    return example
+
+
+def look(attempt: Attempt) -> dict[str, Any]:
+    """One row of ``status`` with some more for the eye; ``stage`` says how far it got."""
     row: dict[str, Any] = {
         "name": attempt.name,
         "model": attempt.model_class,
         "stage": "config",
-        "graphs": None,
-        "error": "",
+        "status": "unbuildable",
     }
     started = time.perf_counter()
+    known = {r.name: r for r in status.load()}.get(attempt.name)
     try:
-        example = search(attempt, row)
-        if capture:
-            row["stage"] = "capture"
-            row["graphs"] = len(check.capture(example))
-        counted = expect.count(example)
-        row.update(expected=counted.pre_norm, post_norm=counted.post_norm, where=counted.where, stage="done")
+        example = None
+        if known is not None and known.status != "unbuildable":
+            row.update(level=known.level, ladder=known.ladder)
+            example = attempt.example(0, known.level, known.ladder)
+        example = example or search(attempt, row)
+        row["kind"] = kind_of(dict(example.inputs))
+        row["stage"] = "convert"
+        judge(example, row, lambda: again(attempt, row))
+        row["stage"] = "done"
     except BaseException as error:  # the row is the report; the process ends here in any case
-        row["error"] = f"{type(error).__name__}: {error}"[:400]
+        row["reason"] = f"{type(error).__name__}: {error}"[:400]
         row["traceback"] = row.get("traceback") or traceback.format_exc()[-3000:]
+        if row["stage"] == "convert":
+            row["status"] = "wrong"
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row
 
 
-def apart(attempt: Attempt, seconds: int, capture: bool = True) -> dict[str, Any]:
+def apart(attempt: Attempt, seconds: int) -> dict[str, Any]:
     """``look`` in a forked process with a time and memory limit."""
     read, write = os.pipe()
     child = os.fork()
@@ -101,23 +164,26 @@ def apart(attempt: Attempt, seconds: int, capture: bool = True) -> dict[str, Any
         os.close(read)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.alarm(seconds)
+        warnings.simplefilter("ignore")
         with os.fdopen(write, "w") as pipe:
-            json.dump(look(attempt, capture), pipe, default=str)
+            json.dump(look(attempt), pipe, default=str)
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
     os.waitpid(child, 0)
-    return (
-        json.loads(text)
-        if text
-        else {
-            "name": attempt.name,
-            "model": attempt.model_class,
-            "stage": "killed",
-            "error": f"limit of {seconds} s or memory",
-        }
-    )
+    if text:
+        row: dict[str, Any] = json.loads(text)
+        return row
+    reason = f"limit of {seconds} s or {MEMORY >> 30} GiB"
+    return {"name": attempt.name, "model": attempt.model_class, "status": "limit", "reason": reason}
+
+
+def warm() -> None:
+    """Build and convert something here, so that the forked processes need not import the libraries each."""
+    torch.set_num_threads(1)
+    convert.check(get("llama").build(0), {"compiler": "eager"})
+    torch._dynamo.reset()
 
 
 def main() -> None:
@@ -125,23 +191,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--no-capture", action="store_true", help="stop after the backward pass")
-    parser.add_argument("--timeout", type=int, default=60)
+    parser.add_argument("--status", nargs="*", default=[], help="only those that status.json has under these words")
+    parser.add_argument("--timeout", type=int, default=120)
     parser.add_argument("--output", default="")
     options = parser.parse_args()
-    # Build (and compile) something here, so that the forked processes need not import the libraries each.
-    check.facts(get("llama"))
+    warm()
     index, count = map(int, options.shard.split("/"))
-    with open(options.output, "w") if options.output else open(os.devnull, "w") as file:
-        for number, attempt in enumerate(attempts()):
-            if number % count != index or (options.only and attempt.name not in options.only):
-                continue
-            row = apart(attempt, options.timeout, not options.no_capture)
-            why = row["error"].replace("\n", " ")[:150]
-            line = f"{row['name']:36} {row['stage']:9} {row.get('graphs')} {row.get('seconds', 0):6}"
-            print(line, why, flush=True)
-            if options.only and row["error"]:
-                print(row.get("traceback", ""), file=sys.stderr)
+    before = {row.name: row.status for row in status.load()}
+    wanted = [a for a in attempts() if not options.only or a.name in options.only]
+    wanted = [a for a in wanted if not options.status or before.get(a.name, "new") in options.status]
+    with open(options.output, "a") if options.output else open(os.devnull, "w") as file:
+        for attempt in wanted[index::count]:
+            row = apart(attempt, options.timeout)
+            why = " ".join(row.get("reason", "").split())[:150]
+            numbers = f"{row.get('sites')}/{row.get('expected')}+{row.get('post_norm')}"
+            print(f"{row['name']:36} {row['status']:11} {numbers:8} {row.get('seconds', 0):6}", why, flush=True)
+            if options.only and row.get("traceback"):
+                print(row["traceback"], file=sys.stderr)
             file.write(json.dumps(row) + "\n")
             file.flush()
 
