@@ -370,3 +370,28 @@ def test_bits_with_inductor() -> None:
     assert len(off) == len(run)
     for one, other in zip(off, run, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_bits_of_a_native_model() -> None:
+    """Hyper-connections that the model brought along, raised and then planned like any others."""
+    pytest.importorskip("transformers")
+    import mhc_compile.backend as backend
+    from tests.spellings.families import deepseek_v4
+
+    def step(**options: Any) -> list[Tensor | None]:
+        torch._dynamo.reset()
+        module = deepseek_v4(2)
+        settings = {"compiler": "aot_eager", "rewrite": False, **options}
+        compiled = torch.compile(module, backend=backend.mhc, options=settings)
+        output = compiled(input_ids=torch.arange(16).reshape(2, 8), use_cache=False).last_hidden_state
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        return [output.detach(), *(parameter.grad for parameter in module.parameters())]
+
+    off, run = step(), step(recompute=3 * 2 * 8 * 4 * 32 * 4)
+    result = backend.reports[-1].passes[-1]
+    assert [row.state for row in result.rows].count("kept") == 2
+    assert len(result.rows) == 5  # four sites and the head
+    for one, other in zip(off, run, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
