@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from mhc_compile import compat
@@ -17,7 +18,7 @@ from mhc_compile.capture import ModuleMap, copy_graph, functionalize, inline_che
 from mhc_compile.capture.checkpoints import checkpoint_nodes
 from mhc_compile.capture.frames import enclosing_modules, is_transparent
 from mhc_compile.config import Resolved
-from mhc_compile.errors import FragmentError, MhcError, NoSiteError
+from mhc_compile.errors import FragmentError, MhcError, NoSiteError, WrappedModelError
 from mhc_compile.model import SiteParameters, hyper_connections
 from mhc_compile.passes import ORDER, PassContext, run_pass
 from mhc_compile.report import CompileReport, make_report, readable, site_rows
@@ -52,6 +53,12 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
         MhcError: the graph cannot be converted as asked; one class a reason (see ``errors``).
     """
     options = resolved.options
+    if options.rewrite and options.streams > 1 and is_fake(example_inputs) and compat.under_ddp_optimizer():
+        raise WrappedModelError(
+            "DistributedDataParallel has cut the graph into pieces, one for each bucket: a residual chain would cross them",
+            cure="set torch._dynamo.config.optimize_ddp = False, and call mhc_compile.prepare(model, *example_inputs) "
+            "before DDP wraps the model",
+        )
     scope = compat.current_scope()
     copy = copy_graph(gm)
     if checkpoint_nodes(copy):
@@ -152,3 +159,10 @@ def as_error(error: Exception) -> MhcError:
     )
     wrapped.__cause__ = error
     return wrapped
+
+
+def is_fake(inputs: Sequence[Any]) -> bool:
+    """True when Dynamo handed over fake tensors, as DDP's graph splitter does."""
+    from torch._subclasses import FakeTensor
+
+    return any(isinstance(value, FakeTensor) for value in inputs if isinstance(value, torch.Tensor))

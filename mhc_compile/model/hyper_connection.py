@@ -39,7 +39,7 @@ class HyperConnection(nn.Module):
     Shapes, with n streams of C channels and K = n + n + n² rows (fewer when the variant has fewer parts):
         phi: [K, n·C], the projection in ``nn.Linear`` layout (the paper's φ transposed)
         bias: [K]
-        alpha_pre, alpha_post, alpha_res: scalars; absent for parts that the variant lacks
+        alpha_pre, alpha_post, alpha_res: [1] (FSDP2 shards no 0-dim tensor); absent for parts that the variant lacks
         settings: uint8 buffer, the attributes below as JSON, so that a checkpoint says what it was trained with
 
     Args:
@@ -67,7 +67,7 @@ class HyperConnection(nn.Module):
         self.phi = nn.Parameter(torch.empty(spec.rows, spec.streams * width, **options))
         self.bias = nn.Parameter(torch.empty(spec.rows, **options))
         for part in spec.parts:
-            self.register_parameter(f"alpha_{part}", nn.Parameter(torch.empty((), **options)))
+            self.register_parameter(f"alpha_{part}", nn.Parameter(torch.empty(1, **options)))
         self.register_buffer("settings", self._encode(device))
         self.reset_parameters()
 

@@ -1,0 +1,1 @@
+"""Two processes over gloo on the CPU."""

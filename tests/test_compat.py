@@ -1,0 +1,245 @@
+"""Every private seam of torch: where it is, and that it still does what we use it for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mhc_compile import compat
+from tests.tiny import compiled, ids, tiny
+
+
+def seen_inside(look: Any, model: nn.Module | None = None) -> Any:
+    """What ``look(gm, inputs)`` finds while Dynamo compiles a call."""
+    found: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.append(look(gm, inputs))
+        return gm.forward
+
+    torch.compile(model or tiny(layers=1), backend=backend)(ids())
+    return found[0]
+
+
+def test_outside_of_dynamo() -> None:
+    assert compat.current_translator() is None
+    assert compat.current_scope() == {}
+    assert compat.is_resume_frame() is False
+    assert compat.tracing_fake_mode() is None
+    assert compat.under_ddp_optimizer() is False
+    assert compat.is_exporting() is False
+
+
+def test_scope_and_sources() -> None:
+    model = tiny(layers=1)
+
+    def look(gm: Any, inputs: Any) -> Any:
+        scope = compat.current_scope()
+        values = []
+        for node in gm.graph.find_nodes(op="placeholder"):
+            name = compat.source_name(node._dynamo_source)
+            values.append(compat.evaluate_source(name, scope))
+        assert compat.tracing_fake_mode() is not None
+        assert not compat.is_resume_frame()
+        assert not compat.under_ddp_optimizer()
+        return values
+
+    values = seen_inside(look, model)
+    assert {id(v) for v in values} >= {id(p) for p in model.parameters()}
+
+
+def test_break_reason_and_resume() -> None:
+    found = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.append((compat.break_reason(gm), compat.is_resume_frame()))
+        return gm.forward
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    torch.compile(cut, backend=backend)(torch.ones(2))
+    assert "test_compat.py:" in found[0][0]
+    assert [resumed for _, resumed in found] == [False, True]
+
+
+def test_instance_guard() -> None:
+    """With it each instance is compiled for itself; without it code is shared (the hazard is still there)."""
+    counts = {}
+    for guarded in (True, False):
+        torch._dynamo.reset()
+        calls: list[int] = []
+
+        def backend(gm: Any, inputs: Any, guarded: bool = guarded, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if guarded:
+                sources = [n._dynamo_source for n in gm.graph.find_nodes(op="placeholder")]
+                while getattr(sources[0], "base", None) is not None:
+                    sources[0] = sources[0].base
+                compat.guard_instance(sources[0])
+            return gm.forward
+
+        for _ in range(2):
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(2))
+        counts[guarded] = len(calls)
+    assert counts == {True: 2, False: 1}
+
+
+def test_static_parameter_mark() -> None:
+    def look(gm: Any, inputs: Any) -> Any:
+        node = gm.graph.find_nodes(op="placeholder")[0]
+        extra = gm.graph.placeholder("extra")
+        parameter = nn.Parameter(torch.ones(2))
+        compat.mark_static_parameter(extra, parameter)
+        assert type(extra._dynamo_source).__name__ == "LocalSource"
+        assert extra.meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded"
+        from torch._guards import TracingContext
+
+        assert parameter in TracingContext.get().tensor_to_context
+        gm.graph.erase_node(extra)
+        return node is not None
+
+    assert seen_inside(look)
+
+
+def test_static_types_are_what_aot_reads() -> None:
+    import inspect
+
+    from torch._functorch._aot_autograd import frontend_utils
+
+    assert "_dynamo_static_input_type" in inspect.getsource(frontend_utils)
+
+
+def test_exceptions_of_dynamo() -> None:
+    from torch._dynamo import exc
+
+    assert issubclass(exc.TensorifyScalarRestartAnalysis, compat.passthrough_exceptions())
+    assert issubclass(exc.SkipFrame, compat.passthrough_exceptions())
+    assert issubclass(exc.Unsupported, compat.unsupported_exceptions())
+    done = compat.capture_done()
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        raise done
+
+    with pytest.raises(done):
+        torch.compile(lambda x: x + 1, backend=backend, fullgraph=True)(torch.ones(2))
+
+
+def test_hook_is_skipped_alone_and_traced_within() -> None:
+    seen = []
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    compat.never_compile_alone(inner)
+    torch.compile(inner, backend="eager")(torch.ones(2))
+    assert seen == [False]
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        return x + (2 if torch.compiler.is_compiling() else 1)
+
+    compat.never_compile_alone(traced)
+    assert torch.compile(lambda x: traced(x), backend="eager")(torch.ones(1)).item() == 3
+
+
+def test_checkpoint_operator() -> None:
+    def look(gm: Any, inputs: Any) -> Any:
+        return any(n.target is compat.tag_activation_checkpoint() for n in gm.graph.nodes)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny(layers=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+    assert seen_inside(look, Checkpointed())
+    assert compat.next_checkpoint_id() != compat.next_checkpoint_id()
+
+
+def test_backends_and_inductor() -> None:
+    assert callable(compat.lookup_backend("eager"))
+    assert callable(compat.lookup_backend("aot_eager"))
+    import inspect
+
+    import torch._inductor
+
+    assert list(inspect.signature(torch._inductor.compile).parameters)[:3] == ["gm", "example_inputs", "options"]
+    assert compat.accepts(torch._inductor.compile, "options")
+    assert torch.ops.aten.addmm.default in compat.inductor_decompositions() or compat.inductor_decompositions()
+
+
+@pytest.mark.parametrize("theirs", [None, "one", "list"])
+def test_graph_passes_are_chained(theirs: str | None) -> None:
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    order: list[str] = []
+
+    class Pass(CustomGraphPass):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, graph: Any) -> None:
+            order.append(self.name)
+
+        def uuid(self) -> Any:
+            return self.name
+
+    values = {None: None, "one": Pass("theirs"), "list": [Pass("theirs"), Pass("more")]}
+    with config.patch({"post_grad_custom_pre_pass": values[theirs]}):
+        chained = compat.chain_graph_passes("post_grad_custom_pre_pass", Pass("ours"))
+    chained(torch.fx.Graph())
+    assert order == {None: ["ours"], "one": ["theirs", "ours"], "list": ["theirs", "more", "ours"]}[theirs]
+    assert chained.uuid() is not None
+
+
+def test_sizes() -> None:
+    assert compat.statically_equal(3, 3)
+    assert not compat.statically_equal(3, 4)
+
+    def look(gm: Any, inputs: Any) -> Any:
+        sizes = [v for v in inputs if isinstance(v, torch.SymInt)]
+        return [compat.statically_equal(s, s + 0) and not compat.statically_equal(s, s + 1) for s in sizes]
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.extend(look(gm, inputs))
+        return gm.forward
+
+    found: list[bool] = []
+    torch.compile(lambda x: x * x.shape[0], backend=backend, dynamic=True)(torch.ones(3))
+    assert found
+    assert all(found)
+
+
+def test_trace_artifact_needs_no_listener() -> None:
+    compat.trace_artifact("name", "payload")
+
+
+def test_classes_of_distributed() -> None:
+    assert not compat.is_dtensor(torch.ones(1))
+    assert not compat.is_data_parallel(nn.Linear(1, 1))
+
+
+def test_triton_version_is_read_without_importing_it() -> None:
+    assert isinstance(compat.triton_version(), str)
+
+
+def test_hooks_added_while_compiling_do_not_recompile() -> None:
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
+    model = tiny(layers=1)
+    call = compiled(model)
+    call(ids())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        call(ids())
+
+
+def test_the_entry_point_is_found() -> None:
+    assert "mhc" in torch._dynamo.list_backends()
