@@ -115,14 +115,10 @@ _SIGNATURES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), ("expand", "input")),
     **dict.fromkeys(("clamp", "clip"), ("clamp", "input min max")),
     **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes"), ("pieces", "input size dim")),
-    "absolute": ("abs", "input"),
-    "negative": ("neg", "input"),
-    "expit": ("sigmoid", "input"),
+    **{name: (kind, "input") for name, kind in (("absolute", "abs"), ("negative", "neg"), ("expit", "sigmoid"))},
     "multiply": ("mul", "input other"),
     "subtract": ("sub", "input other"),
-    "divide": ("div", "input other"),
-    "truediv": ("div", "input other"),
-    "true_divide": ("div", "input other"),
+    **{name: ("div", "input other") for name in ("divide", "truediv", "true_divide")},
     "clamp_min": ("clamp", "input min"),
     "norm": ("norm", "input p dim keepdim"),
     "vector_norm": ("norm", "x ord dim keepdim"),
@@ -183,6 +179,17 @@ def called_name(node: fx.Node) -> tuple[str, bool]:
     if name.endswith("_") and not name.endswith("__"):
         name, inplace = name[:-1], True
     return (name, inplace) if name in _SIGNATURES else ("", inplace)
+
+
+def writes(node: fx.Node) -> bool:
+    """True for a node that writes into its first argument, whether the table knows it or not."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.target in _INPLACE or node.target is operator.setitem or node.kwargs.get("out") is not None
 
 
 # --- what it means ---------------------------------------------------------------------------------------------------

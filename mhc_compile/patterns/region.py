@@ -35,6 +35,7 @@ class GraphFacts:
         self.grad_mode: dict[fx.Node, object] = {}
         self._ancestors: dict[fx.Node, int] = {}
         self._storage: dict[int, list[fx.Node]] = {}
+        self._writes: list[tuple[fx.Node, int | None]] = []
         switches = [node.args[0] for node in graph.nodes if "_set_grad_enabled" in str(node.target)]
         mode: object = not switches[0] if switches else True  # Dynamo writes down changes only
         for index, node in enumerate(graph.nodes):
@@ -58,6 +59,8 @@ class GraphFacts:
             key = storage_key(node)
             if key is not None:
                 self._storage.setdefault(key, []).append(node)
+            if reading.writes(node) and node.all_input_nodes:
+                self._writes.append((node, storage_key(node.all_input_nodes[0])))
 
     def depends(self, node: fx.Node, source: fx.Node) -> bool:
         """True if ``node`` is ``source`` or is computed from it."""
@@ -75,6 +78,14 @@ class GraphFacts:
             seen.add(current)
             stack.extend(current.all_input_nodes)
         return True
+
+    def write_between(self, source: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
+        """Who writes into the buffer of ``source`` after ``first`` and before ``last``; None if nobody does."""
+        key = storage_key(source)
+        for node, written in self._writes:
+            if written == key and key is not None and self.order[first] < self.order[node] < self.order[last]:
+                return node
+        return None
 
     def second_name(self, node: fx.Node) -> fx.Node | None:
         """Who reads the buffer that an in-place node writes under another name, later; None if nobody does."""
@@ -151,4 +162,9 @@ def obstacle(part: Region, outputs: Sequence[fx.Node], facts: GraphFacts) -> tup
                 return f"an in-place write whose buffer has a second name, `{other.name}`", node
         if facts.grad_mode[node] != facts.grad_mode[outputs[-1]]:
             return "it spans a change of grad mode", node
+    last = min(outputs, key=facts.order.__getitem__)
+    for leaf in part.leaves:
+        writer = facts.write_between(leaf, part.nodes[0], last)
+        if writer is not None and writer not in members:
+            return f"an input is written in place by `{writer.name}` before the op would read it", writer
     return None

@@ -100,3 +100,17 @@ def test_a_write_in_place_is_read_by_its_result() -> None:
     assert nodes["sum_1"].args[0].target == "add_"
     assert nodes["sum_1"].args[0].args[0].target == "mul_"
     torch.testing.assert_close(graph(*inputs), expected)
+
+
+def test_a_state_that_is_overwritten_in_between_is_not_read_late() -> None:
+    def function(x: Tensor) -> Tensor:
+        state = x + 1
+        mixed = state * 3
+        state.zero_()
+        return mixed.sum() + state.sum()
+
+    nodes, facts = facts_of(function, X)
+    part = region([nodes["sum_1"]], [nodes["state"]], facts)
+    found = obstacle(part, [nodes["sum_1"]], facts)
+    assert found is not None
+    assert found[0] == "an input is written in place by `zero_` before the op would read it"
