@@ -107,7 +107,7 @@ class _Finder:
                 continue
             if not _same_shape(meta_value(carrier), meta_value(node)):
                 continue  # a bias or a gate that is broadcast: nothing that could be a stream
-            site.carrier_scale = c_factor
+            site.carrier_scale *= c_factor  # a parallel site starts with that of its first add
             site.outputs = [(out, factor * c_factor) for out, factor in site.outputs[:-1]] + [(output, o_factor)]
             reason = self._why_not(node, site, output)
             if reason:
@@ -140,7 +140,7 @@ class _Finder:
         if branch is None:
             return None
         site = self._site(node, first.stream, first.carrier, output, branch | first.branch, first.carrier_path)
-        site.outputs = [*first.outputs, (output, 1.0)]
+        site.outputs, site.carrier_scale = [*first.outputs, (output, 1.0)], first.carrier_scale
         site.merged = [*first.merged, carrier]
         return site
 

@@ -85,13 +85,13 @@ def _obstacle(chain: ResidualChain, options: Options) -> str:
 
 
 def _moves_tokens(node: fx.Node) -> bool:
-    before = meta_value(node.args[0]) if node.args else None
+    before = next((v for arg in node.args if isinstance(v := meta_value(arg), torch.Tensor)), None)  # 0.5 * x too
     after = meta_value(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return True
     pointwise = (
         "to float half bfloat16 double contiguous clone detach type type_as dropout add sub mul div truediv "
-        "layer_norm rms_norm set_item"
+        "masked_fill layer_norm rms_norm set_item"
     )
     return op_name(node) not in pointwise.split()
 

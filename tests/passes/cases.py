@@ -264,7 +264,7 @@ def positions_and_bias() -> nn.Module:
             self.position = nn.Linear(1, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
-            t = torch.arange(5.0).view(1, 5, 1).expand(x.shape[0], 5, 1)
+            t = torch.arange(5.0, dtype=x.dtype).view(1, 5, 1).expand(x.shape[0], 5, 1)
             y = self.stack.embed(x) + self.table
             y = y + self.position(t) + self.bias
             y = self.stack.layers[0](y)
@@ -437,7 +437,7 @@ def masked_stream() -> nn.Module:
     return blocks(forward, attn=Attention, mlp=Mlp)
 
 
-@case(layers(2, 2), "outside")
+@case(layers(2, 2), "outside", single_pass=False)
 def deep_stack_add() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         visual = m.visual(x[:, :2])
