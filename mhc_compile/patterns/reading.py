@@ -118,7 +118,7 @@ _SIGNATURES: dict[str, tuple[str, str]] = {
     **{name: (kind, "input") for name, kind in (("absolute", "abs"), ("negative", "neg"), ("expit", "sigmoid"))},
     "multiply": ("mul", "input other"),
     "subtract": ("sub", "input other"),
-    **{name: ("div", "input other") for name in ("divide", "truediv", "true_divide")},
+    **dict.fromkeys(("divide", "truediv", "true_divide"), ("div", "input other")),
     "clamp_min": ("clamp", "input min"),
     "norm": ("norm", "input p dim keepdim"),
     "vector_norm": ("norm", "x ord dim keepdim"),
