@@ -435,17 +435,17 @@ def post_norm_rms() -> nn.Module:
     return _post_norm(lambda: nn.RMSNorm(WIDTH))
 
 
-@case(layers(2, 2), options=PER_STREAM)
+@case(layers(2, 2), options=PER_STREAM, single_pass=False)
 def post_norm_by_hand() -> nn.Module:
     return _post_norm(HandWrittenNorm)
 
 
-@case(layers(2, 2), options=PER_STREAM)
+@case(layers(2, 2), options=PER_STREAM, single_pass=False)
 def post_norm_mean_and_variance() -> nn.Module:
     return _post_norm(HandWrittenLayerNorm)
 
 
-@case(layers(2, 2), options=PER_STREAM)
+@case(layers(2, 2), options=PER_STREAM, single_pass=False)
 def post_norm_functional_normalize() -> nn.Module:
     return _post_norm(lambda: Lambda(lambda m, x: functional.normalize(x, dim=-1)))
 
