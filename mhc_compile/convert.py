@@ -55,7 +55,7 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
     options = resolved.options
     if options.rewrite and options.streams > 1 and is_fake(example_inputs) and compat.under_ddp_optimizer():
         raise WrappedModelError(
-            "DistributedDataParallel has cut the graph into pieces, one for each bucket: a residual chain would cross them",
+            "DistributedDataParallel has cut the graph into one piece a bucket: a residual chain would cross them",
             cure="set torch._dynamo.config.optimize_ddp = False, and call mhc_compile.prepare(model, *example_inputs) "
             "before DDP wraps the model",
         )

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mhc_compile import compat
-from mhc_compile.errors import UncompiledError
+from mhc_compile.errors import FragmentError, UncompiledError
 
 _local = threading.local()
 
@@ -37,6 +37,13 @@ class PlainRunGuard:
 
 
 def _refuse(module: nn.Module, how: str) -> None:
+    if compat.is_data_parallel(module):
+        raise FragmentError(
+            f"a {type(module).__name__} of a converted model is wrapped or sharded on its own: it runs as a graph of its "
+            "own, and the streams would have to cross its border",
+            cure="after mhc_compile.prepare(model, *example_inputs) wrap or shard the whole model only: "
+            "fully_shard(model), and torch._dynamo.config.optimize_ddp = False for DDP",
+        )
     raise UncompiledError(
         f"a converted model {how}: {type(module).__name__} would run without its hyper-connections",
         cure="call the compiled model (model.compile(backend='mhc') also covers generate()); if Dynamo fell back to "
