@@ -154,3 +154,26 @@ def test_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "mhc_compile"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "command" in result.stderr
+
+
+def test_mlir_of_a_factory(factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch_mlir.fx", reason="needs torch-mlir")
+    path = tmp_path / "out.mlir"
+    asked = ["mlir", f"{factory}:both", "-o", str(path), "-O", "sinkhorn_iters=1", "-d", "0=1"]
+    assert command.main(asked) == 0
+    assert "its weights inside" in capsys.readouterr().out
+    assert "@main(%arg0: tensor<2x?x8xf32>) -> tensor<2x?x8xf32>" in path.read_text()
+
+
+def test_mlir_of_a_configuration_has_no_weights(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch_mlir.fx", reason="needs torch-mlir")
+    path = tmp_path / "out.mlir"
+    asked = ["mlir", str(llama), "-s", "num_hidden_layers=1", "-o", str(path), "-t", "torch", "--length", "4"]
+    assert command.main([*asked, "-O", "sinkhorn_iters=1"]) == 0
+    assert "weights as its first arguments" in capsys.readouterr().out
+    text = path.read_text()
+    assert text.startswith("// %arg0: model.embed_tokens.weight\n")
+    assert "!torch.vtensor<[64,32],f32>" in text
