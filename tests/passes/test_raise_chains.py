@@ -31,6 +31,8 @@ EXPECTED = {
     "hy_v4": {"expand": 1, "coefficients": SITES + 1, "pre": SITES + 1, "post": SITES},
     "qwen4_exp": {"expand": 1, "coefficients": SITES, "post": SITES},
 }
+FAST = [pytest.param(name, marks=pytest.mark.slow) if name == "glm5_next" else name for name in EXPECTED]
+"""GLM5-next's linear attention unrolls into two thousand nodes: once is enough for every run."""
 
 
 @cache
@@ -96,7 +98,7 @@ def test_fp32_numbers_are_those_of_the_unraised_graph(name: str) -> None:
         assert error <= 1e-5 * max(a.abs().max().item(), floor) or ours <= 2.0 * theirs
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", FAST)
 def test_bf16_is_as_near_to_float64_as_the_unraised_graph(name: str) -> None:
     family(name)
     got = raised(FAMILIES[name](LAYERS).bfloat16(), input_ids=ids(), use_cache=False)
@@ -123,7 +125,7 @@ def test_a_family_trains_under_the_backend(name: str) -> None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", FAST)
 def test_explain_says_what_is_raised(name: str) -> None:
     family(name)
     report = mhc_compile.explain(FAMILIES[name](1), ids())
