@@ -95,6 +95,8 @@ class Raiser:
                 new = candidate.build(builder)
         except Unarrangeable as error:
             reason = str(error)
+        except (RuntimeError, TypeError, ValueError) as error:  # the op itself does not take these shapes or types
+            reason = f"the op cannot be built here: {str(error).splitlines()[0]}"
         created = _between(previous, point)
         if reason is None:
             reason = _hoist(created, facts)

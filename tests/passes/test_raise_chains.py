@@ -273,3 +273,20 @@ def test_the_original_graph_is_not_touched() -> None:
     raise_chains(copy_graph(graph), PassContext(Options()))
     assert str(graph.graph) == text
     assert all(out is None or torch.isfinite(out).all() for out in run(graph, inputs))
+
+
+def test_an_op_that_does_not_take_the_arguments_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, inputs = capture(model(Pieces()), tokens())
+    original = copy_graph(graph)
+
+    def broken(self: object, node: fx.Node) -> object:
+        raise ValueError("no such shape")
+
+    monkeypatch.setattr("mhc_compile.capture.Builder.fake", broken)
+    result = raise_chains(graph, PassContext(Options()))
+    assert result.changed == 0
+    assert result.refusals
+    assert {refusal.reason for refusal in result.refusals} >= {"the op cannot be built here: no such shape"}
+    for a, b in zip(run(original, inputs), run(graph, inputs), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
