@@ -18,7 +18,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, str]:
     """Device and the versions that matter."""
-    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    found = {
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
     for name in ("torch", "triton", "transformers", "liger-kernel", "tile-kernels", "tilelang"):
         try:
             found[name] = version(name)

@@ -18,8 +18,8 @@ from mhc_compile.ops import CoefficientSpec
 
 SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     "post": (post, "post_config", [
-        {"BC": 512, "num_warps": 2}, {"BC": 1024, "num_warps": 4}, {"BC": 1024, "num_warps": 2}, {"BC": 2048, "num_warps": 8},
-        {"BC": 512, "num_warps": 4}, {"BC": 256, "num_warps": 1},
+        {"BC": 512, "num_warps": 2}, {"BC": 1024, "num_warps": 4}, {"BC": 1024, "num_warps": 2}, {"BC": 2048,
+        "num_warps": 8}, {"BC": 512, "num_warps": 4}, {"BC": 256, "num_warps": 1},
     ]),
     "post_dots": (post, "dots_config", [
         {"LANES": 64, "INNER": 8, "num_warps": 2}, {"LANES": 128, "INNER": 8, "num_warps": 4},
@@ -94,7 +94,8 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         "activate": (lambda: coefficients.activate(partial, bias, *alphas, n * width, *flat), 0.0),
         "sinkhorn": (lambda: sinkhorn.forward(h, *list(spec.sinkhorn.op_arguments().values())), 0.0),
         "logits_backward": (
-            lambda: coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat), 0.0,
+            lambda: coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat),
+            0.0,
         ),
         "phi_gradient": (lambda: coefficients_backward.phi_gradient(dm, x, spec), n),
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="*", default=[4096, 2560])
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--name", default="ops", help="file under benchmarks/results")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for width in arguments.width:
@@ -138,8 +140,7 @@ def main() -> None:
                     "u": us / u,
                     "floor_u": floor,
                 }
-    if not arguments.sweep and not arguments.only:
-        print(save("ops", {"tokens": arguments.tokens, "results": results}))
+    print(save(arguments.name, {"tokens": arguments.tokens, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One site with its norm, forward and backward: python -m benchmarks.site [--width 4096 2560] [--sites 4].
 
-A chain of sites (coefficients, pre, RMSNorm of the branch input, post; the branch itself is the identity) is timed and divided
+A chain of sites (coefficients, pre, RMSNorm of the branch input, post; the branch itself is the identity) is timed
+and divided
 by their number, so that what fuses across a site boundary counts as it does in a model. Every implementation computes
 DeepSeek-V4's semantics (softmax start, 20 rounds, bf16 streams) and is checked against float64 before it is timed.
 """
@@ -130,9 +131,9 @@ def liger_chain() -> Callable[..., Tensor] | str:
                 x,
                 phi.t(),
                 bias,
-                a,
-                b,
-                c,
+                a.reshape(()),
+                b.reshape(()),
+                c.reshape(()),
                 allow_fp32=False,
                 tmax=20,
                 rms_eps=EPS,
@@ -158,7 +159,7 @@ def tile_kernels_chain() -> Callable[..., Tensor] | str:
 
 def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
     patches: Any = config_patches(Options(), log)
-    opaque: Any = config_patches(Options(), LoweringLog(), opaque_launches=True)
+    traced: Any = config_patches(Options(), log, traced_launches=True)
     native: Any = config_patches(Options(lowering="native"), LoweringLog())
     return {
         "eager, spelled": spelled,
@@ -166,7 +167,7 @@ def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
         "Liger": liger_chain(),
         "TileKernels": tile_kernels_chain(),
         "mhc, native bodies through inductor": torch.compile(ours, fullgraph=True, options=native),
-        "mhc, opaque launches": torch.compile(ours, fullgraph=True, options=opaque),
+        "mhc, traced launches": torch.compile(ours, fullgraph=True, options=traced),
         "mhc": torch.compile(ours, fullgraph=True, options=patches),
         "mhc, single_pass": torch.compile(single_pass, fullgraph=True, options=patches),
     }
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="*", default=[4096, 2560])
     parser.add_argument("--sites", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=None, help="names that contain one of these words")
+    parser.add_argument("--name", default="site", help="file under benchmarks/results")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     log = LoweringLog()
@@ -199,8 +201,7 @@ def main() -> None:
                 print(f"  {name:38s} {results[key]['status']}", flush=True)
             torch.cuda.empty_cache()
     print({f"{op}:{provider}": count for (op, provider), count in log.counts().items()})
-    if not arguments.only:
-        print(save("site", {"tokens": arguments.tokens, "sites": arguments.sites, "results": results}))
+    print(save(arguments.name, {"tokens": arguments.tokens, "sites": arguments.sites, "results": results}))
 
 
 def measure(

@@ -1,7 +1,8 @@
 """A training step of decoder layers: python -m benchmarks.step [--layers 4] [--only mhc].
 
 Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM head, forward and backward of a batch of
-2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the base.
+2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the
+base.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--only", nargs="*", default=None, help="exact names of rows")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--name", default="step", help="file under benchmarks/results")
     arguments = parser.parse_args()
     tokens = torch.randint(0, 1024, (arguments.batch, arguments.length), device="cuda")
     results: dict[str, Any] = {}

@@ -1,7 +1,8 @@
 """Providers: who computes a semantic op in the compiled graph, and why.
 
-For each `mhc::` node the providers are asked in order: **triton** (one of our kernels), **inductor** (the native body is
-traced into the graph, so that inductor fuses it), **native** (the custom op stays one opaque call of the native body). A
+For each `mhc::` node the providers are asked in order: **triton** (one of our kernels), **inductor** (the native
+body is traced into the graph, so that inductor fuses it), **native** (the custom op stays one opaque call of the native
+body). A
 provider answers with the empty string, or with the reason why it does not take the node; the reasons reach the report.
 """
 

@@ -3,14 +3,19 @@
     dX_i = sum_o H[o, i] dX'_o  +  h_pre_i du  +  (dm phi)_i  +  c X_i
            through post            through pre    through the projection and through the norm of the coefficients
 
-Written one by one these are three tensors of n u each and the additions between them: 51 u a site. In one pass 13 u are read
-and written (n = 4). A program holds a tile of tokens and channels; dm phi comes from the tensor core with a contraction of
-only K rows, accumulated in float32 with the rest.
+Written one by one these are three tensors of n u each and the additions between them: 51 u a site. In one pass 13 u
+are read and written (n = 4). A program holds a tile of tokens and channels; dm phi comes from the tensor core with a
+contraction of only K rows, accumulated in float32 with the rest.
 """
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,20 +25,19 @@ from torch import Tensor
 
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .coefficients import padded_rows
 from .coefficients_backward import phi_gradient
 from .launch import by_token, dot, hint, kernel_op, launch, nonempty
-
 
 GROUP = 32
 """Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
 
 
 @triton.jit
-def dealt(total, BT: tl.constexpr, BC: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def dealt(total, BT: tl.constexpr, BC: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:
     """Rename the rows and columns of a tensor-core result so that a thread's 8 values of a row are neighbours.
 
-    A thread of the tensor core holds columns 8 j + 2 t + e (t its place among four, e of 2, j counts blocks of 8) of rows
+    A thread of the tensor core holds columns 8 j + 2 t + e (t its place among four, e of 2, j counts blocks of 8) of
+    rows
     16 w + 8 h + g. Calling them column 8 t + 2 j + e and row 8 W h + 8 w + g makes the layout the one of plain 16-byte
     loads, so that nothing passes through shared memory. phi's columns and dm's rows are permuted to fit (`dealt_phi`).
     """
@@ -47,7 +51,7 @@ def streams_backward_kernel(
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
     COEFFICIENTS: tl.constexpr, TWO: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
     MASKED: tl.constexpr = C % BC != 0
@@ -60,11 +64,11 @@ def streams_backward_kernel(
     if POST and HAS_RES:
         h = ()
         for o in tl.static_range(N * N):
-            h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+            h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)
     if PRE:
         p = ()
         for i in tl.static_range(N):
-            p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)  # noqa: RUF005
+            p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)
     ks = tl.arange(0, KP)
     if COEFFICIENTS:
         block = line // (16 * WARPS) * (16 * WARPS)
@@ -74,8 +78,8 @@ def streams_backward_kernel(
             low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
     first = (program % SPANS) * SPAN
-    for start in range(first, first + SPAN, BC):
-        columns = (start + tl.arange(0, BC))[None, :]
+    for step in range(0, SPAN, BC):
+        columns = (first + step + tl.arange(0, BC))[None, :]
         mask = (there & (columns < C)) if MASKED else there
         state = rows * (N * C) + columns
         if COEFFICIENTS:
@@ -84,15 +88,15 @@ def streams_backward_kernel(
             for i in tl.static_range(N):
                 offsets = ks[:, None] * (N * CP) + i * CP + columns
                 if MASKED:
-                    phis = phis + (tl.load(phi_ptr + offsets, mask=columns < CP, other=0.0),)  # noqa: RUF005
+                    phis = phis + (tl.load(phi_ptr + offsets, mask=columns < CP, other=0.0),)
                 else:
-                    phis = phis + (tl.load(phi_ptr + offsets),)  # noqa: RUF005
+                    phis = phis + (tl.load(phi_ptr + offsets),)
             for i in tl.static_range(N):
-                xs = xs + (tl.load(x_ptr + state + i * C, mask=mask, other=0.0),)  # noqa: RUF005
+                xs = xs + (tl.load(x_ptr + state + i * C, mask=mask, other=0.0),)
         if POST:
             gs = ()
             for o in tl.static_range(N):
-                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)  # noqa: RUF005
+                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)
         if PRE:
             du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0)
         for i in tl.static_range(N):
@@ -114,8 +118,9 @@ def streams_backward_kernel(
 
 
 def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
-    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them); a program walks over 512 channels."""
-    span = min(512, triton.cdiv(width, GROUP) * GROUP)
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them); a program walks over 256
+    channels."""
+    span = min(256, triton.cdiv(width, GROUP) * GROUP)
     if tokens <= 16 or itemsize > 2:
         return {"BT": 16, "BC": GROUP, "SPAN": span, "num_warps": 1, "num_stages": 1}
     return {"BT": 64, "BC": GROUP, "SPAN": span, "num_warps": 4, "num_stages": 1}
@@ -148,8 +153,8 @@ def streams_backward(
 ) -> Tensor:
     """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given.
 
-    grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T, KP]
-    float32) with phi [KP, n, CP] from `dealt_phi` and multiple [T].
+    grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T,
+    KP] float32) with phi [KP, n, CP] from `dealt_phi` and multiple [T].
     """
     x = by_token(streams, 2)
     tokens, n, width = x.shape
@@ -258,7 +263,7 @@ def parameter_gradients(
     bias: Tensor,
     alphas: dict[str, Tensor | None],
     spec: CoefficientSpec,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """(dphi, dbias, dalpha_pre, dalpha_post, dalpha_res); an unneeded one is empty."""
     total = sums.sum(0)

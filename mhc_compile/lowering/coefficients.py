@@ -1,10 +1,15 @@
 """coefficients, forward: a skinny GEMM that also sums the squares, then one small kernel from logits to coefficients.
 
-`project` reads X once: tiles of X go straight from memory to the tensor core (an operand computed in registers would pay a
-layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate` divides by
-the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
+`project` reads X once: tiles of X go straight from memory to the tensor core (an operand computed in registers would
+pay a
+layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate`
+divides by the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
 Traffic, n = 4: project 4 u + phi; activate about 0.1 u.
 """
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001
 
 from __future__ import annotations
 
@@ -78,8 +83,9 @@ def halves(phi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def project_kernel(
     x_ptr, hi_ptr, lo_ptr, out_ptr, tokens, TOTAL: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, SPAN: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
-    """Program (t, s): BT tokens times the s-th SPAN of the channels -> out[s, token, :K] and, at column K, sum of x^2."""
+) -> None:  # fmt: skip
+    """Program (t, s): BT tokens times the s-th SPAN of the channels -> out[s, token, :K] and, at column K, sum of
+    x^2."""
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     there = (rows < tokens)[:, None]
     ks = tl.arange(0, KP)
@@ -109,7 +115,7 @@ def project_kernel(
 def part_logits(
     partial_ptr, bias_ptr, alpha_ptr, offsets, lines, mask, r, tokens, START: tl.constexpr, KP: tl.constexpr,
     SPLITS: tl.constexpr,
-) -> tl.tensor:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """(m, m / r * alpha + bias) of one part; `offsets` are token * KP + row, `lines` the row within phi."""
     m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
@@ -127,7 +133,7 @@ def activate_kernel(
     NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
     POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr,
     POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """Program: TOKENS tokens from partial projections to pre, post, res and the projection that the backward needs."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens

@@ -1,10 +1,15 @@
 """coefficients, backward: from the gradients of the coefficients to dm, the gradient of the projection, and to dphi.
 
-`logits_backward` is one small kernel: Sinkhorn's backward on chip, gates, dm = dp alpha / r, the multiple c of vec(X) that
-the norm contributes, and per-program partial sums of dbias and dalpha (summed in a fixed order: no atomics, deterministic).
+`logits_backward` is one small kernel: Sinkhorn's backward on chip, gates, dm = dp alpha / r, the multiple c of
+vec(X) that the norm contributes, and per-program partial sums of dbias and dalpha (summed in a fixed order: no atomics,
+deterministic).
 dm leaves as two bf16 halves [T, 2 KP], which is what the GEMMs of dphi (dm^T X) and of dX (dm phi, in `boundary`) take.
 Traffic, n = 4: about 0.1 u; dphi 4 u.
 """
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ from .sinkhorn import iterate_backward, tokens_a_program
 
 
 @triton.jit
-def store_halves(out_ptr, offsets, value, mask, KP: tl.constexpr, TWO: tl.constexpr) -> None:  # noqa: ANN001
+def store_halves(out_ptr, offsets, value, mask, KP: tl.constexpr, TWO: tl.constexpr) -> None:
     """value as hi at `offsets` and lo at `offsets + KP` (one full-precision copy without TWO)."""
     hi = value.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, hi, mask=mask)
@@ -35,7 +40,7 @@ def store_halves(out_ptr, offsets, value, mask, KP: tl.constexpr, TWO: tl.conste
 def vector_part(
     grad_ptr, projection_ptr, bias_ptr, alpha_ptr, token, lines, mask, r, START: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr, HAS: tl.constexpr,
-) -> tl.tensor:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """(dp, z, alpha) of pre or post: dp the gradient of z * alpha + bias."""
     z = tl.load(projection_ptr + token * (K + 1) + START + lines, mask=mask, other=0.0) / r
     alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -59,7 +64,7 @@ def logits_backward_kernel(
     PRE_EPS: tl.constexpr, POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr, SINKHORN: tl.constexpr,
     POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """Program: TOKENS tokens. sums[program] = (sum of dp per row of phi, then sum of dp z per part)."""
     program = tl.program_id(0)
     token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)

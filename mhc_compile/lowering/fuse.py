@@ -1,8 +1,9 @@
 """Fusions over several semantic ops on a partitioned graph, each pattern, check, replace.
 
-`merge_stream_gradients`: the gradient of a stream state arrives as a sum of what came through post, through pre and through
-the coefficients, each a tensor of n u, added pairwise. The sum becomes one call that reads 3 n + 1 u and writes n u; the
-three backward ops keep only their small results.
+`merge_stream_gradients`: the gradient of a stream state arrives as a sum of what came through post, through pre and
+through
+the coefficients, each a tensor of n u, added pairwise. The sum becomes one call that reads 3 n + 1 u and writes n u;
+the three backward ops keep only their small results.
 """
 
 from __future__ import annotations

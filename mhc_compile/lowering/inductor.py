@@ -1,6 +1,7 @@
 """Where the lowering meets inductor: two graph passes through its documented seams, and their identity for its caches.
 
-`config_patches` gives the settings for `torch._inductor.compile(gm, inputs, options=...)`. The pass runs after autograd and
+`config_patches` gives the settings for `torch._inductor.compile(gm, inputs, options=...)`. The pass runs after
+autograd and
 partitioning, once on the forward and once on the backward graph, in this order: fuse (pattern, check, replace over the
 semantic ops), then lower what is left, each node by the first provider that takes it (see `base`).
 """
@@ -25,8 +26,8 @@ from .base import BACKWARD_TARGETS, FORWARD_TARGETS, TARGETS, LoweringLog, argum
 from .inline import replace_by_function
 
 SINKHORN_INLINE_STEPS = 6
-"""Longer Sinkhorn loops stay one opaque call where the native body is traced: unrolled into a graph, 40 steps forward and
-80 backward a site multiply inductor's compile time, and the matrices are 16 numbers a token."""
+"""Longer Sinkhorn loops stay one opaque call where the native body is traced: unrolled into a graph, 40 steps
+forward and 80 backward a site multiply inductor's compile time, and the matrices are 16 numbers a token."""
 
 
 @functools.cache
@@ -139,8 +140,8 @@ class LowerPass(CustomGraphPass):
 
 
 class LaunchPass(CustomGraphPass):
-    """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and the
-    passes before this one expect a functional graph)."""
+    """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and
+    the passes before this one expect a functional graph)."""
 
     def __init__(self, log: LoweringLog) -> None:
         self.log = log
@@ -156,17 +157,20 @@ class LaunchPass(CustomGraphPass):
         return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted())
 
 
-def config_patches(options: Any, log: LoweringLog, key: str = "", opaque_launches: bool = False) -> dict[str, object]:
+def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = False) -> dict[str, object]:
     """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
 
-    `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache hit,
+    `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache
+    hit,
     when nothing is lowered). `key` is the identity of what torch's cache keys leave out: tags on the graph's nodes (a
-    recompute plan). `opaque_launches` keeps every kernel call one opaque op, to tell launch trouble from kernel trouble.
+    recompute plan). `traced_launches` opens the
+    kernels' calls into launches that inductor emits itself: less host time a call, and not yet checked against
+    float64 on a device, hence off.
     """
     patches: dict[str, object] = {
         "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     }
-    if not opaque_launches:
+    if traced_launches:
         patches["post_grad_custom_post_pass"] = chain_graph_passes("post_grad_custom_post_pass", LaunchPass(log))
     return patches
 

@@ -37,7 +37,8 @@ def trace(function: Callable[..., Any], nodes: Sequence[fx.Node], prune: bool = 
 
 
 def inline(graph: fx.Graph, before: fx.Node, body: fx.GraphModule, nodes: Sequence[fx.Node]) -> Any:
-    """Copy `body` into `graph` in front of `before`, its placeholders bound to `nodes`; returns its outputs as nodes."""
+    """Copy `body` into `graph` in front of `before`, its placeholders bound to `nodes`; returns its outputs as
+    nodes."""
     bound: dict[fx.Node, Any] = {}
     sources = iter(nodes)
     outputs: Any = None
@@ -64,7 +65,8 @@ def replace(node: fx.Node, outputs: Any) -> None:
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise ValueError(f"{node} has several results and {user} takes it whole")
-            user.replace_all_uses_with(outputs[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(outputs[index])
             node.graph.erase_node(user)
     else:
         node.replace_all_uses_with(outputs)

@@ -1,4 +1,5 @@
-"""Which Triton kernel takes which node: the first provider. Triton is imported when a node could run on it, never before."""
+"""Which Triton kernel takes which node: the first provider. Triton is imported when a node could run on it, never
+before."""
 
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
 def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
     """Replace every `mhc_kernel::` call by its allocations and launches, which inductor emits in its own wrapper.
 
-    Left as it is (one opaque call, some tens of microseconds of Python) under the interpreter, or where torch cannot trace
-    the launch; the reason is logged. Returns how many calls were opened.
+    Left as it is (one opaque call, some tens of microseconds of Python) under the interpreter, or where torch cannot
+    trace the launch; the reason is logged. Returns how many calls were opened.
     """
     from .launch import KERNEL_OPS, traced_launches
 

@@ -3,6 +3,10 @@
 This module imports Triton; nothing of the package imports it before a kernel is wanted.
 """
 
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
+
 from __future__ import annotations
 
 import contextlib
@@ -46,7 +50,8 @@ def kernel_op(name: str, schema: str | None = None) -> Callable[[Callable[..., A
 
 @contextlib.contextmanager
 def traced_launches() -> Iterator[None]:
-    """Within it, `launch` leaves a node for inductor (which launches the kernel from its own wrapper) and runs nothing."""
+    """Within it, `launch` leaves a node for inductor (which launches the kernel from its own wrapper) and runs
+    nothing."""
     token = _traced.set(True)
     try:
         yield
@@ -97,7 +102,7 @@ def chunk_of(width: int, candidates: tuple[int, ...] = (1024, 512)) -> int:
 
 
 @triton.jit
-def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:  # noqa: ANN001  # Triton's own types
+def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
     """One row of channels as float32; unmasked where the block divides the width, so that loads stay 16 bytes wide."""
     if MASKED:
         value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
@@ -107,7 +112,7 @@ def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor: 
 
 
 @triton.jit
-def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> None:  # noqa: ANN001
+def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> None:
     """Store a row, rounded to the dtype of the pointer."""
     if MASKED:
         tl.store(pointer + start + offsets, value.to(pointer.dtype.element_ty), mask=mask)
@@ -116,7 +121,7 @@ def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> Non
 
 
 @triton.jit
-def dot(a, b, total) -> tl.tensor:  # noqa: ANN001
+def dot(a, b, total) -> tl.tensor:
     """a @ b + total, exact products for float32; the interpreter holds bf16 as raw bits and must be given float32."""
     if _UPCAST:
         a = a.to(tl.float32)
@@ -125,9 +130,9 @@ def dot(a, b, total) -> tl.tensor:  # noqa: ANN001
 
 
 @triton.jit
-def load_scalars(pointer, COUNT: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def load_scalars(pointer, COUNT: tl.constexpr) -> tl.tensor:
     """COUNT consecutive float32 scalars as a tuple, loaded before any loop so that no store can hold them back."""
     values = ()
     for index in tl.static_range(COUNT):
-        values = values + (tl.load(pointer + index).to(tl.float32),)  # noqa: RUF005  # Triton tuples take no star
+        values = values + (tl.load(pointer + index).to(tl.float32),)
     return values

@@ -1,10 +1,15 @@
 """post forward and the dot products of its backward.
 
-Forward: one program per token and block of channels; the n^2 + n coefficients are loaded before the channels (a load inside
-a loop over channels cannot be hoisted past the stores: 40 u became 13 u). Backward: one program of a few warps per token
-walks over the channels with element-wise accumulators and reduces once; dX is left to `boundary`.
+Forward: one program per token and block of channels; the n^2 + n coefficients are loaded before the channels (a load
+inside
+a loop over channels cannot be hoisted past the stores: 40 u became 13 u). Backward: one program of a few warps per
+token walks over the channels with element-wise accumulators and reduces once; dX is left to `boundary`.
 Traffic, n = 4: forward 2n + 1 = 9 u; dots (read dX', X, y; write dy) 2n + 2 = 10 u.
 """
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
 
 from __future__ import annotations
 
@@ -47,7 +52,7 @@ def refusal(x: Tensor, y: Tensor) -> str:
 def post_kernel(
     x_ptr, y_ptr, post_ptr, res_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
     HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """Program: one block of channels of one token, all streams."""
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
@@ -61,7 +66,7 @@ def post_kernel(
     y = load_row(y_ptr, token * C, offsets, mask, MASKED)
     xs = ()
     for i in tl.static_range(N):
-        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
     for o in tl.static_range(N):
         total = q[o] * y
         if HAS_RES:
@@ -76,7 +81,7 @@ def post_kernel(
 def post_dots_kernel(
     grad_ptr, x_ptr, y_ptr, post_ptr, dy_ptr, d_post_ptr, d_res_ptr, C: tl.constexpr, N: tl.constexpr,
     LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr, NEED_RES: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>."""
     BC: tl.constexpr = LANES * INNER
     MASKED: tl.constexpr = C % BC != 0
@@ -86,9 +91,9 @@ def post_dots_kernel(
     dq = ()
     dh = ()
     for _ in tl.static_range(N):
-        dq = dq + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+        dq = dq + (tl.zeros((LANES,), dtype=tl.float32),)
     for _ in tl.static_range(N * N):
-        dh = dh + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+        dh = dh + (tl.zeros((LANES,), dtype=tl.float32),)
     for block in tl.static_range((C + BC - 1) // BC):
         offsets = block * BC + lanes
         mask = offsets < C
@@ -96,9 +101,9 @@ def post_dots_kernel(
         gs = ()
         xs = ()
         for i in tl.static_range(N):
-            gs = gs + (load_row(grad_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+            gs = gs + (load_row(grad_ptr, (token * N + i) * C, offsets, mask, MASKED),)
             if NEED_RES:
-                xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)  # noqa: RUF005
+                xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
         if NEED_Y:
             dy = q[0] * gs[0]
             for o in tl.static_range(1, N):
@@ -107,10 +112,10 @@ def post_dots_kernel(
         new_q = ()
         new_h = ()
         for o in tl.static_range(N):
-            new_q = new_q + (dq[o] + tl.sum(gs[o] * y, axis=1),)  # noqa: RUF005
+            new_q = new_q + (dq[o] + tl.sum(gs[o] * y, axis=1),)
             if NEED_RES:
                 for i in tl.static_range(N):
-                    new_h = new_h + (dh[o * N + i] + tl.sum(gs[o] * xs[i], axis=1),)  # noqa: RUF005
+                    new_h = new_h + (dh[o * N + i] + tl.sum(gs[o] * xs[i], axis=1),)
         dq = new_q
         if NEED_RES:
             dh = new_h

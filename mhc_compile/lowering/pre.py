@@ -1,5 +1,9 @@
 """pre forward and the dot products of its backward. Traffic, n = 4: forward n + 1 = 5 u; dots n + 1 = 5 u."""
 
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
+
 from __future__ import annotations
 
 import torch
@@ -34,7 +38,7 @@ def refusal(x: Tensor) -> str:
 
 
 @triton.jit
-def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr) -> None:  # noqa: ANN001
+def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr) -> None:
     """Program: one block of channels of one token."""
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
@@ -52,7 +56,7 @@ def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl
 @triton.jit
 def pre_dots_kernel(
     grad_ptr, x_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr
-) -> None:  # noqa: ANN001
+) -> None:
     """Program: one token, dh_pre_i = <du, X_i>."""
     BC: tl.constexpr = LANES * INNER
     MASKED: tl.constexpr = C % BC != 0
@@ -60,7 +64,7 @@ def pre_dots_kernel(
     lanes = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     dp = ()
     for _ in tl.static_range(N):
-        dp = dp + (tl.zeros((LANES,), dtype=tl.float32),)  # noqa: RUF005
+        dp = dp + (tl.zeros((LANES,), dtype=tl.float32),)
     for block in tl.static_range((C + BC - 1) // BC):
         offsets = block * BC + lanes
         mask = offsets < C
@@ -68,7 +72,7 @@ def pre_dots_kernel(
         new = ()
         for i in tl.static_range(N):
             x = load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
-            new = new + (dp[i] + tl.sum(g * x, axis=1),)  # noqa: RUF005
+            new = new + (dp[i] + tl.sum(g * x, axis=1),)
         dp = new
     for i in tl.static_range(N):
         tl.store(out_ptr + token * N + i, tl.sum(dp[i], axis=0).to(out_ptr.dtype.element_ty))

@@ -1,10 +1,15 @@
 """Sinkhorn on chip: every half step forward, and a backward that recomputes the divisors and walks the matrix back.
 
-The matrices of a few tokens sit in registers as [B, NP, NP] (NP = n rounded up to a power of two, padding kept neutral).
-Backward: a half step is M' = M / d, so M = M' d; keeping only the divisors d (n numbers a step, in registers) is enough to
-walk back, and nothing is written to memory. That loop is unrolled, hence the limit on the number of steps.
+The matrices of a few tokens sit in registers as [B, NP, NP] (NP = n rounded up to a power of two, padding kept
+neutral).
+Backward: a half step is M' = M / d, so M = M' d; keeping only the divisors d (n numbers a step, in registers) is
+enough to walk back, and nothing is written to memory. That loop is unrolled, hence the limit on the number of steps.
 Traffic: n^2 + n^2 numbers a token forward, 3 n^2 backward; bound by latency, not by bandwidth.
 """
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
 
 from __future__ import annotations
 
@@ -54,7 +59,7 @@ def constants(spec: SinkhornSpec | None) -> dict[str, Any]:
 
 
 @triton.jit
-def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> tl.tensor:
     """The sums of padding lines become 1, so that dividing by them changes nothing."""
     if N != NP:
         line = tl.arange(0, NP)
@@ -66,7 +71,7 @@ def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> 
 @triton.jit
 def divisor(
     m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr
-) -> tl.tensor:  # noqa: ANN001
+) -> tl.tensor:
     """The divisors of one half step along AXIS, kept as a dimension of size 1."""
     total = tl.sum(m, axis=AXIS, keep_dims=True)
     if CLAMP:
@@ -77,14 +82,14 @@ def divisor(
 
 
 @triton.jit
-def log_sum(m, AXIS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def log_sum(m, AXIS: tl.constexpr) -> tl.tensor:
     """logsumexp along AXIS, kept as a dimension of size 1."""
     top = tl.max(m, axis=AXIS, keep_dims=True)
     return top + tl.log(tl.sum(tl.exp(m - top), axis=AXIS, keep_dims=True))
 
 
 @triton.jit
-def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> tl.tensor:
     """The matrix the half steps start from; padding is 0 (-1e30 for `log`)."""
     if POSITIVITY == "softmax":
         low = tl.where(valid, x, -1e30)
@@ -106,7 +111,7 @@ def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> 
 def half_step(
     m, valid, AXIS: tl.constexpr, LOG: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr,
-) -> tl.tensor:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """One normalisation along AXIS (2 = row, 1 = column)."""
     if LOG:
         return tl.where(valid, m - log_sum(m, AXIS), -1e30)
@@ -117,7 +122,7 @@ def half_step(
 def iterate(
     x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-) -> tl.tensor:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Logits [B, NP, NP] -> the projected matrix."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
@@ -136,14 +141,14 @@ def iterate(
 def iterate_backward(
     g, x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-) -> tl.tensor:  # noqa: ANN001  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Gradient [B, NP, NP] of the projected matrix -> gradient of the logits."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
     g = tl.where(valid, g, 0.0)
     m = positive(x, valid, POSITIVITY, POSITIVE_EPS)
     history = ()
-    # The axis of step k, FIRST or 3 - FIRST, is spelled out: a constexpr name cannot be bound twice in an unrolled loop.
+    # The axis of step k, FIRST or 3 - FIRST, is spelled out: a constexpr cannot be bound twice when unrolled.
     for k in tl.static_range(STEPS):
         if LOG:
             d = log_sum(m, FIRST + (3 - 2 * FIRST) * (k % 2))
@@ -151,7 +156,7 @@ def iterate_backward(
         else:
             d = divisor(m, FIRST + (3 - 2 * FIRST) * (k % 2), EPS, CLAMP, N, NP)
             m = m * (1.0 / d)
-        history = history + (d,)  # noqa: RUF005  # Triton tuples take no star
+        history = history + (d,)
     if LOG:
         g = g * tl.exp(m)
     for j in tl.static_range(STEPS):
@@ -169,7 +174,7 @@ def iterate_backward(
 
 
 @triton.jit
-def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> tl.tensor:
     """Gradient of `positive`; the row maximum carries its share, ties evenly, as torch.amax does."""
     if POSITIVITY == "softmax":
         low = tl.where(valid, x, -1e30)
@@ -190,7 +195,7 @@ def positive_backward(g, x, valid, POSITIVITY: tl.constexpr) -> tl.tensor:  # no
 
 
 @triton.jit
-def matrix_offsets(program, tokens, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:  # noqa: ANN001
+def matrix_offsets(program, tokens, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:
     """(offsets into [T, n, n], mask of what exists, mask of what is no padding), each [B, NP, NP]."""
     token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row = tl.arange(0, NP)[None, :, None]
@@ -205,7 +210,7 @@ def sinkhorn_kernel(
     logits_ptr, out_ptr, tokens, N: tl.constexpr, NP: tl.constexpr, TOKENS: tl.constexpr,
     POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """One program: TOKENS matrices from logits to H."""
     offsets, mask, valid = matrix_offsets(tl.program_id(0), tokens, TOKENS, N, NP)
     x = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -218,7 +223,7 @@ def sinkhorn_backward_kernel(
     grad_ptr, logits_ptr, out_ptr, tokens, N: tl.constexpr, NP: tl.constexpr, TOKENS: tl.constexpr,
     POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr,
-) -> None:  # noqa: ANN001  # fmt: skip
+) -> None:  # fmt: skip
     """One program: TOKENS gradients from H back to the logits."""
     offsets, mask, valid = matrix_offsets(tl.program_id(0), tokens, TOKENS, N, NP)
     x = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

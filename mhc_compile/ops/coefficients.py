@@ -238,7 +238,8 @@ def split_backward_arguments(
 @without_autocast
 def native(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """X [..., n, C], phi [K, nC], bias [K], alphas of one element, attributes in the order of `ATTRIBUTES`
-    -> (pre [..., n], post [..., n], res [..., n, n], projection [..., K + 1]). ValueError for shapes that do not fit."""
+    -> (pre [..., n], post [..., n], res [..., n, n], projection [..., K + 1]). ValueError for shapes that do not
+    fit."""
     return native_spec(*split_arguments(args))
 
 

@@ -61,4 +61,17 @@ def inputs(tokens: int, width: int = 32, dtype: torch.dtype = torch.float32) -> 
 def gradients(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     """[output, gradients...] of the sum of squares."""
     out = function(*tensors)
-    return [out, *torch.autograd.grad(out.float().square().sum() if out.dtype != torch.float64 else out.square().sum(), tensors)]
+    return [
+        out,
+        *torch.autograd.grad(out.float().square().sum() if out.dtype != torch.float64 else out.square().sum(), tensors),
+    ]
+
+
+def close(got: Sequence[Tensor], want: Sequence[Tensor], bound: float) -> None:
+    """Relative RMS error of each tensor within `bound`.
+
+    The streams of the first site are equal, so its alpha_res has no gradient: nothing to be relative to.
+    """
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        scale, error = float(b.detach().norm()), float((a.detach().double() - b.detach().double()).norm())
+        assert error <= bound * scale or (scale < 1e-4 and error < 1e-4), (index, error, scale)

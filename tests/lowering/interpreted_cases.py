@@ -1,5 +1,5 @@
-"""Kernels against the native bodies in float64, under Triton's interpreter. Run by test_interpreter.py in a process of its
-own: TRITON_INTERPRET is read when Triton is imported. Uninitialised memory is filled with NaN."""
+"""Kernels against the native bodies in float64, under Triton's interpreter. Run by test_interpreter.py in a process
+of its own: TRITON_INTERPRET is read when Triton is imported. Uninitialised memory is filled with NaN."""
 
 from __future__ import annotations
 
@@ -112,7 +112,11 @@ SPECS = {
 @pytest.mark.parametrize("which", list(SPECS))
 def test_coefficients(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     spec = CoefficientSpec(streams=n, **SPECS[which])
-    x, phi, bias = torch.randn(*lead, n, width).to(dtype), torch.randn(spec.rows, n * width) * 0.2, torch.randn(spec.rows)
+    x, phi, bias = (
+        torch.randn(*lead, n, width).to(dtype),
+        torch.randn(spec.rows, n * width) * 0.2,
+        torch.randn(spec.rows),
+    )
     args = (x, phi, bias, torch.tensor(0.7), torch.tensor([0.9]), torch.tensor(0.5))
     flat = list(spec.op_arguments().values())
     got, want = coefficients.forward(*args, *flat), ops.coefficients.native(*map(double, args), *flat)
