@@ -18,6 +18,12 @@ from torch import fx
 from mhc_compile.capture.graph import Builder, meta_value
 
 INPLACE_ADDS = ("iadd", "add_", "__iadd__")
+_OUT_OF_PLACE = {
+    **dict.fromkeys(INPLACE_ADDS, operator.add),
+    **dict.fromkeys(("imul", "mul_", "__imul__"), operator.mul),
+    **dict.fromkeys(("itruediv", "div_", "__itruediv__"), operator.truediv),
+}
+"""In-place arithmetic on a stream and what makes the same value."""
 _INPLACE = frozenset(
     """
     setitem __setitem__ iadd isub imul itruediv ifloordiv ipow iand ior ixor __iadd__ __isub__ __imul__ __itruediv__
@@ -79,23 +85,27 @@ def set_item(target: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
 
 
 def functionalize(gm: fx.GraphModule) -> int:
-    """Replace in-place adds and item writes of unaliased tensors by values; returns how many were replaced."""
+    """Replace in-place adds, scalings and item writes of unaliased tensors by values; returns how many there were."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     builder = Builder(gm)
     changed = 0
     for node in list(gm.graph.nodes):
-        if _is_inplace_add(node):
-            changed += _replace_add(node, builder, order)
+        if _is_inplace_arithmetic(node):
+            changed += _replace_arithmetic(node, builder, order)
         elif op_name(node) == "setitem" and node.op == "call_function":
             changed += _replace_setitem(node, builder, order)
     return changed
 
 
-def _is_inplace_add(node: fx.Node) -> bool:
-    if op_name(node) not in INPLACE_ADDS or len(node.args) < 2:
+def _is_inplace_arithmetic(node: fx.Node) -> bool:
+    if op_name(node) not in _OUT_OF_PLACE or len(node.args) != 2 or not isinstance(node.args[0], fx.Node):
         return False
     left, right = meta_value(node.args[0]), meta_value(node.args[1])
-    return isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and left.is_floating_point()
+    if not isinstance(left, torch.Tensor) or not left.is_floating_point():
+        return False
+    if op_name(node) in INPLACE_ADDS:
+        return isinstance(right, torch.Tensor)
+    return isinstance(right, (torch.Tensor, int, float)) and not node.kwargs
 
 
 def aliases(tensor: fx.Node) -> set[fx.Node]:
@@ -163,7 +173,7 @@ def _rename_later_uses(old: fx.Node, new: fx.Node, write: fx.Node, order: dict[f
             user.replace_input_with(old, new)
 
 
-def _replace_add(node: fx.Node, builder: Builder, order: dict[fx.Node, int]) -> int:
+def _replace_arithmetic(node: fx.Node, builder: Builder, order: dict[fx.Node, int]) -> int:
     target, other = node.args[0], node.args[1]
     assert isinstance(target, fx.Node)
     if not _is_private(target, node, order):
@@ -173,11 +183,11 @@ def _replace_add(node: fx.Node, builder: Builder, order: dict[fx.Node, int]) -> 
         total = (
             builder.call(torch.add, target, other, alpha=alpha)
             if alpha != 1
-            else builder.call(operator.add, target, other)
+            else builder.call(_OUT_OF_PLACE[op_name(node)], target, other)
         )
         total.meta = {**node.meta, "example_value": total.meta["example_value"]}
         dtype = meta_value(target).dtype
-        if total.meta["example_value"].dtype != dtype:  # an in-place add keeps the dtype of what it writes to
+        if total.meta["example_value"].dtype != dtype:  # an in-place operation keeps the dtype of what it writes to
             total = builder.method("to", total, dtype)
     order[total] = order[node]
     _rename_later_uses(target, total, node, order)

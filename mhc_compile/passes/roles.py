@@ -109,7 +109,7 @@ class Roles:
         self.constant: set[fx.Node] = set()
         """Nodes that depend on parameters and constants only."""
         self.weight: set[fx.Node] = set()
-        """Parameters, and what views, casts and gathers make of them (also gathers by activations: expert weights)."""
+        """Parameters, what is made of them alone, and gathers of them by activations (expert weights)."""
         self._is_parameter, self._is_buffer = is_parameter, is_buffer
         for node in gm.graph.nodes:
             self._classify(node)
@@ -128,6 +128,8 @@ class Roles:
             return
         if all(arg in self.constant for arg in node.all_input_nodes):
             self.constant.add(node)
+            if any(arg in self.weight for arg in node.all_input_nodes):
+                self.weight.add(node)  # a weight standardised, merged or otherwise made of weights
         first = node.args[0] if node.args else None
         if isinstance(first, fx.Node) and first in self.weight and op_name(node) in _UNARY_LINEAR:
             self.weight.add(node)

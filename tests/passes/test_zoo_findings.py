@@ -25,7 +25,28 @@ def masked_in_place() -> nn.Module:
     return Stack([Lambda(route, mlp=Mlp()), Block()])
 
 
-MODELS: list[tuple[Callable[[], nn.Module], int]] = [(masked_in_place, 3)]
+def scaled_in_place() -> nn.Module:
+    """A layer scales the stream in place before it hands it on (Gemma 4)."""
+
+    def scale(m: Lambda, x: Tensor) -> Tensor:
+        x = x + m.mlp(x)
+        x *= 0.5
+        return x
+
+    return Stack([Block(), Lambda(scale, mlp=Mlp()), Block()])
+
+
+def weight_of_weights() -> nn.Module:
+    """The convolution's weight is standardised in the forward pass (BiT)."""
+
+    def product(m: Lambda, x: Tensor) -> Tensor:
+        weight = m.mix.weight
+        return x + torch.tanh(x) @ ((weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True)).t()
+
+    return Stack([Lambda(product, mix=nn.Linear(WIDTH, WIDTH)) for _ in range(2)])
+
+
+MODELS: list[tuple[Callable[[], nn.Module], int]] = [(masked_in_place, 3), (scaled_in_place, 5), (weight_of_weights, 2)]
 
 
 @pytest.mark.parametrize(("build", "sites"), MODELS, ids=lambda value: getattr(value, "__name__", None))
