@@ -7,7 +7,6 @@ moves. Nothing here changes torch.
 from __future__ import annotations
 
 import builtins
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -224,11 +223,6 @@ def size_hint(size: Any, default: int = 1) -> int:
     return int(hint) if isinstance(hint, int) else default
 
 
-def accepts(function: Any, name: str) -> bool:
-    """True if a function takes a keyword of that name."""
-    return name in inspect.signature(function).parameters
-
-
 def is_dtensor(value: Any) -> bool:
     """True for a DTensor (public class; imported lazily because torch.distributed may be absent from a build)."""
     if not torch.distributed.is_available():
@@ -332,7 +326,7 @@ def python_dispatcher() -> Any:
 
 
 def keep_kernel_launches() -> None:
-    """Tell fx that a traced kernel launch has an effect (it writes its outputs): dead-code elimination drops it else."""
+    """Tell fx that a traced kernel launch has an effect (it writes its outputs), or dead-code elimination drops it."""
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
     fx.node.has_side_effect(triton_kernel_wrapper_mutation)
