@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -43,3 +44,14 @@ def compile_for_hopper(
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found is not None, report
     return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared), compiled.asm["ptx"])
+
+
+def compiler_missing() -> bool:
+    """True where Triton cannot compile: it is not installed, or this process interprets."""
+    from mhc_compile.compat import triton_version
+
+    return not triton_version() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+BF16, FP32, WIDTH = "bf16", "fp32", 4096
+TOKENS = {"tokens": "i32"}
