@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).with_name("status.json")
-_MACHINE = re.compile(r"0x[0-9a-f]+|/\S*/site-packages/|/\S*/tests/")
+_MACHINE = re.compile(r"0x[0-9a-f]+|\S*/site-packages/|/\S*/tests/")
 _LENGTH = 200
 
 
@@ -27,7 +27,7 @@ class Row:
 
     status: ``converted``; ``refused`` (by the backend, with its reason); ``unbuildable`` (the rules give no tiny model
     that runs plainly: the reason is the error of the most natural try); ``wrong`` (the sites are not the expected ones,
-    or the numbers differ); ``limit`` (out of time or memory).
+    or the numbers differ); ``limit`` (out of time or memory); ``untried`` (runs plainly, was not converted yet).
     sites: found. expected, post_norm: residual adds counted in the source, before and behind which the norm sits.
     level, ladder: how small the configuration is made and which inputs are given (``shrink``, ``feed``).
     """
