@@ -163,10 +163,14 @@ def test_option_errors_come_at_the_first_call(options: dict[str, Any], hint: str
 
 
 def test_no_model_is_no_error() -> None:
-    """Helper functions and optimizer steps are compiled as they are."""
+    """Helper functions are compiled as they are."""
     assert torch.compile(lambda a, b: a + b.sin(), backend="mhc", options=EAGER)(
         torch.ones(2), torch.ones(2)
     ).shape == (2,)
+
+
+@pytest.mark.slow
+def test_an_optimizer_step_is_compiled_as_it_is() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = torch.ones(2)

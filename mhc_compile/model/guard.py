@@ -39,8 +39,8 @@ class PlainRunGuard:
 def _refuse(module: nn.Module, how: str) -> None:
     if compat.is_data_parallel(module):
         raise FragmentError(
-            f"a {type(module).__name__} of a converted model is wrapped or sharded on its own: it runs as a graph of its "
-            "own, and the streams would have to cross its border",
+            f"a {type(module).__name__} of a converted model is wrapped or sharded on its own: it would be one graph, "
+            "and the streams would have to cross its border",
             cure="after mhc_compile.prepare(model, *example_inputs) wrap or shard the whole model only: "
             "fully_shard(model), and torch._dynamo.config.optimize_ddp = False for DDP",
         )

@@ -1,4 +1,4 @@
-"""Cases of two processes over gloo: ``python -m tests.distributed.workers <case> <file for the rendezvous>``."""
+"""Cases of two processes over gloo: ``python -m tests.distributed.workers <ddp or fsdp> <rendezvous file>``."""
 
 from __future__ import annotations
 
@@ -178,16 +178,20 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
-def worker(rank: int, case: str, store: str) -> None:
+def worker(rank: int, cases: list[str], store: str) -> None:
     torch.set_num_threads(1)
     dist._DEFAULT_FIRST_BUCKET_BYTES = 512  # DDP's first bucket, which must not be larger than the others
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        CASES[case](rank)
-        print("passed", flush=True)
+        for case in cases:
+            torch._dynamo.reset()
+            with torch._dynamo.config.patch(optimize_ddp=True):
+                CASES[case](rank)
+            print(f"{case}: passed", flush=True)
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    mp.spawn(worker, args=(sys.argv[1], sys.argv[2]), nprocs=2)
+    chosen = [case for case in CASES if case.startswith(sys.argv[1])]
+    mp.spawn(worker, args=(chosen, sys.argv[2]), nprocs=2)
