@@ -61,7 +61,7 @@ def search(attempt: Attempt, row: dict[str, Any]) -> Example:
                 stage = "forward"
                 output = example.model(**example.inputs)
                 stage = "backward"
-                base.projection_loss(output).backward()  # type: ignore[no-untyped-call]
+                base.projection_loss(output).backward()
             except Exception as error:
                 if first is None:
                     first, row["traceback"] = error, traceback.format_exc()[-3000:]
