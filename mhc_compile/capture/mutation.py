@@ -72,9 +72,15 @@ def is_write(node: fx.Node) -> bool:
 
 
 def remove_dead(gm: fx.GraphModule, keep: Iterable[fx.Node] = ()) -> None:
-    """Erase the nodes that nobody reads, except writes and those in ``keep``."""
+    """Erase the nodes that nobody reads, except writes and those in ``keep``.
+
+    ``fx``'s own elimination would go on into submodules, which are Dynamo's (the bodies of custom autograd functions),
+    and take the writes in them away.
+    """
     kept = set(keep)
-    gm.graph.eliminate_dead_code(lambda node: node in kept or is_write(node))
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and node not in kept and not is_write(node):
+            gm.graph.erase_node(node)
 
 
 def set_item(target: torch.Tensor, index: Any, value: Any) -> torch.Tensor:

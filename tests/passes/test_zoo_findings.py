@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,31 @@ def weight_of_weights() -> nn.Module:
     return Stack([Lambda(product, mix=nn.Linear(WIDTH, WIDTH)) for _ in range(2)])
 
 
-MODELS: list[tuple[Callable[[], nn.Module], int]] = [(masked_in_place, 3), (scaled_in_place, 5), (weight_of_weights, 2)]
+class Written(torch.autograd.Function):
+    """The identity, whose backward writes into its gradient with a method nobody reads the result of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = torch.zeros_like(gradients[0])
+        total.add_(gradients[0])
+        return total
+
+
+def own_backward() -> nn.Module:
+    """A branch with a custom autograd function (Phi-MoE)."""
+    return Stack([Lambda(lambda m, x: x + Written.apply(m.mlp(x)), mlp=Mlp()), Block()])
+
+
+MODELS: list[tuple[Callable[[], nn.Module], int]] = [
+    (masked_in_place, 3),
+    (scaled_in_place, 5),
+    (weight_of_weights, 2),
+    (own_backward, 3),
+]
 
 
 @pytest.mark.parametrize(("build", "sites"), MODELS, ids=lambda value: getattr(value, "__name__", None))
