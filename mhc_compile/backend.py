@@ -59,6 +59,7 @@ def mhc(
     try:
         conversion = convert(gm, example_inputs, resolved)
         if not conversion.changed:
+            _warn_of_pieces(conversion)
             return _compile(gm, example_inputs, resolved, LoweringLog())
         if resolved.options.verify:
             verify(gm, example_inputs, conversion, resolved.options)
@@ -76,6 +77,20 @@ def mhc(
             return Failed(failure)
         warnings.warn(NotConvertedWarning(failure.what, where=failure.where, cure=failure.cure), stacklevel=2)
         return _compile(gm, example_inputs, resolved, LoweringLog())
+
+
+def _warn_of_pieces(conversion: Conversion) -> None:
+    """A piece of a broken model may be compiled as it is, but not in silence if it held residual adds."""
+    adds = [refusal for refusal in conversion.report.left_alone if refusal.what == "residual add"]
+    if adds:
+        warnings.warn(
+            NotConvertedWarning(
+                f"a piece of the model around a graph break has no residual chain of its own: {adds[0].reason}",
+                where=adds[0].where or None,
+                cure="torch.compile(model, fullgraph=True) shows what breaks the graph",
+            ),
+            stacklevel=3,
+        )
 
 
 def _compile(

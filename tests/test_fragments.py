@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.errors import FragmentError
+from mhc_compile.errors import FragmentError, NotConvertedWarning
 from mhc_compile.model import hyper_connections
 from tests.passes.models import WIDTH, Block, Lambda, Mlp, Stack, tokens
 
@@ -77,3 +77,17 @@ def test_encoder_inside_a_larger_model() -> None:
     model.encoder.compile(backend="mhc", options=OPTIONS)
     torch.testing.assert_close(model(tokens()), before, rtol=1e-5, atol=1e-6)
     assert names(model) == ["encoder.layers.0.mhc0", "encoder.layers.0.mhc1"]
+
+
+def test_a_piece_without_a_chain_is_compiled_and_said() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        torch._dynamo.graph_break()
+        for layer in (m.first, m.second):
+            x = torch.nn.functional.layer_norm(x + layer(x), (WIDTH,))
+        return x
+
+    model = Lambda(forward, embed=nn.Linear(3, WIDTH), first=Mlp(), second=Mlp())
+    with pytest.warns(NotConvertedWarning, match=r"post-norm[\s\S]*test_fragments\.py"):
+        compiled(model)(tokens())
+    assert names(model) == []
