@@ -72,5 +72,6 @@ def save(name: str, results: dict[str, Any]) -> Path:
     """Write benchmarks/results/<name>.json with the machine beside the numbers."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "command": " ".join(sys.argv), **results}, indent=1) + "\n")
+    command = " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    path.write_text(json.dumps({"machine": machine(), "command": command, **results}, indent=1) + "\n")
     return path

@@ -214,7 +214,7 @@ class Options:
     )
     rewrite: bool = _option(True, Flag(), "Find residual adds and widen them.")
     raise_patterns: bool = _option(True, Flag(), "Find hand-written hyper-connections and replace them by our ops.")
-    fuse: bool = _option(True, Flag(), "Fuse the ops of neighbouring sites into one kernel.")
+    fuse: bool = _option(True, Flag(), "Fuse what neighbouring ops have in common into one kernel.")
     recompute: str | int = _option(
         "off",
         Bytes(("off", "memory", "speed")),
@@ -227,7 +227,7 @@ class Options:
     schedule: str = _option(
         "off",
         Choice(("off", "auto")),
-        "`auto`: put side work on other GPU streams where the measured costs predict a gain.",
+        "Reserved for side work on other GPU streams; `auto` is accepted and has no effect yet: one stream is used.",
     )
     lowering: str = _option(
         "auto",
