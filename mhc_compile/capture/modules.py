@@ -144,9 +144,6 @@ class ModuleMap:
                 name = self._names[id(root)].get(int(identity)) if identity.isdigit() else None
                 if name is not None:
                     return root, tuple(part for part in name.split(".") if part)
-        frame = self._scope.get("L", {}).get("self")
-        if not stack and any(frame is root for root in self.roots):
-            return frame, ()  # the add stands in the forward of the module that is being compiled
         return None
 
     @staticmethod
