@@ -126,13 +126,6 @@ def passthrough_exceptions() -> tuple[type[BaseException], ...]:
     return (exc.RestartAnalysis, exc.SkipFrame)
 
 
-def shorten_traceback(message: str) -> Exception:
-    """An exception that Dynamo raises as it is (not wrapped in BackendCompilerFailed), with the frames kept."""
-    from torch._dynamo.exc import ShortenTraceback
-
-    return ShortenTraceback(message, first_useful_frame=None)
-
-
 def capture_done() -> type[Exception]:
     """An exception class by which a capture-only backend leaves Dynamo without running anything."""
     from torch._dynamo.exc import ShortenTraceback
