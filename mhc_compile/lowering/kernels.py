@@ -59,6 +59,8 @@ def refusal(name: str, named: dict[str, Any]) -> str:
         return pre.refusal(values["streams"])
     if stem == "post":
         return post.refusal(values["streams"], values["y"])
+    if stem == "pre_norm":
+        return "no kernel"
     return coefficients.refusal(values, values["x"], values["phi"], backward)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary: six semantic ops, registered under `torch.ops.mhc` when this package is imported (no CUDA call).
+"""The vocabulary: the semantic ops, registered under `torch.ops.mhc` when this package is imported (no CUDA call).
 
     expand(x, streams)                                              -> X
     coefficients(X, phi, bias, alpha_pre, alpha_post?, alpha_res?, **CoefficientSpec.op_arguments())
@@ -7,6 +7,10 @@
     pre(X, h_pre)                                                   -> u
     post(X, y, h_post, h_res?, transpose=False)                     -> X'
     collapse(X, kind)                                               -> x
+    pre_norm(X, h_pre, weight?, bias?, kind, eps, offset, round_first)
+                                                                    -> (out, statistics), pre and the branch's norm
+
+Widened models use the first six; pre_norm is what `passes.fold_norms` makes of a pre and the norm behind it.
 
 X is [..., n, C]: stream axis at -2, channels last. Each op is a `SemanticOp`: call it, or use `.native` (plain
 PyTorch, the op's meaning), `.native_backward`, `.overload` (`torch.ops.mhc.<name>.default`) and `.backward_overload`.
@@ -18,10 +22,11 @@ from .collapse import collapse
 from .expand import expand
 from .post import post
 from .pre import pre
+from .pre_norm import pre_norm
 from .sinkhorn import sinkhorn
 from .spec import CoefficientSpec, SinkhornSpec
 
-OPS: dict[str, SemanticOp] = {op.name: op for op in (expand, coefficients, sinkhorn, pre, post, collapse)}
+OPS: dict[str, SemanticOp] = {op.name: op for op in (expand, coefficients, sinkhorn, pre, post, collapse, pre_norm)}
 
 __all__ = [
     "OPS",
@@ -33,5 +38,6 @@ __all__ = [
     "expand",
     "post",
     "pre",
+    "pre_norm",
     "sinkhorn",
 ]

@@ -37,6 +37,9 @@ def call(
         return ops.collapse, (state,), {"kind": "mean"}
     if name == "pre":
         return ops.pre, (state, make(*lead, n)), {}
+    if name == "pre_norm":
+        attributes = {"kind": "layer", "eps": 1e-3, "offset": 1.0, "round_first": False}
+        return ops.pre_norm, (state, make(*lead, n), make(width), make(width)), attributes
     if name == "post":
         return ops.post, (state, make(*lead, width), make(*lead, n), make(*lead, n, n)), {"transpose": n % 2 == 0}
     if name == "sinkhorn":
@@ -131,7 +134,7 @@ def test_frozen_inputs_get_no_gradient(name: str) -> None:
     for tensor in tensors[1:]:
         tensor.requires_grad_(False)
     outs = op(*tensors, **keywords)
-    out = outs if isinstance(outs, Tensor) else outs[2]
+    out = outs if isinstance(outs, Tensor) else outs[2 if name == "coefficients" else 0]
     out.sum().backward()
     assert tensors[0].grad is not None
     assert all(t.grad is None for t in tensors[1:])
