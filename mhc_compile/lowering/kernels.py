@@ -45,6 +45,8 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     """Why no kernel takes the node; empty if one does. `named` are the node's arguments."""
     if name.startswith(("expand", "collapse")):
         return "element-wise: inductor's own kernel is at the floor"
+    if name.startswith(("stream_norm", "channel_pre")):
+        return "no kernel of ours: inductor fuses it around its matrix products"
     reason = platform_refusal(device_of(named))
     if reason:
         return reason

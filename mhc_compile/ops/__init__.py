@@ -7,16 +7,20 @@
     pre(X, h_pre)                                                   -> u
     post(X, y, h_post, h_res?, transpose=False)                     -> X'
     collapse(X, kind)                                               -> x
+    stream_norm(X, weight?, offset, eps)                            -> Y, each stream over its own root mean square
+    channel_pre(X, down, up, inner, scale)                          -> (u, hidden), a gate per channel
     pre_norm(X, h_pre, weight?, bias?, kind, eps, offset, round_first)
                                                                     -> (out, statistics), pre and the branch's norm
 
-Widened models use the first six; pre_norm is what `passes.fold_norms` makes of a pre and the norm behind it.
+Widened models use the first six; stream_norm and channel_pre are what some families with hyper-connections of their
+own have; pre_norm is what `passes.fold_norms` makes of a pre and the norm behind it.
 
 X is [..., n, C]: stream axis at -2, channels last. Each op is a `SemanticOp`: call it, or use `.native` (plain
 PyTorch, the op's meaning), `.native_backward`, `.overload` (`torch.ops.mhc.<name>.default`) and `.backward_overload`.
 """
 
 from .base import SemanticOp
+from .channel_pre import channel_pre
 from .coefficients import coefficients
 from .collapse import collapse
 from .expand import expand
@@ -25,14 +29,18 @@ from .pre import pre
 from .pre_norm import pre_norm
 from .sinkhorn import sinkhorn
 from .spec import CoefficientSpec, SinkhornSpec
+from .stream_norm import stream_norm
 
-OPS: dict[str, SemanticOp] = {op.name: op for op in (expand, coefficients, sinkhorn, pre, post, collapse, pre_norm)}
+OPS: dict[str, SemanticOp] = {
+    op.name: op for op in (expand, coefficients, sinkhorn, pre, post, collapse, stream_norm, channel_pre, pre_norm)
+}
 
 __all__ = [
     "OPS",
     "CoefficientSpec",
     "SemanticOp",
     "SinkhornSpec",
+    "channel_pre",
     "coefficients",
     "collapse",
     "expand",
@@ -40,4 +48,5 @@ __all__ = [
     "pre",
     "pre_norm",
     "sinkhorn",
+    "stream_norm",
 ]

@@ -18,7 +18,7 @@ from mhc_compile import ops
 from mhc_compile.capture import Builder, qualified_module, user_line
 from mhc_compile.compat import source_name
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
-from mhc_compile.patterns import coefficients, collapse, mix, reading, sinkhorn
+from mhc_compile.patterns import channel_pre, coefficients, collapse, mix, reading, sinkhorn, stream_norm
 from mhc_compile.patterns.base import Candidate, Refused, Unarrangeable
 from mhc_compile.patterns.judge import Judge
 from mhc_compile.patterns.region import GraphFacts, Region, obstacle, region, relink_writes
@@ -36,6 +36,8 @@ def raise_chains(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     raiser.take(sinkhorn.find(gm.graph), raiser.facts())
     facts = raiser.facts()
     sites, states = mix.find(gm.graph, facts)
+    norms, normed = stream_norm.find_each(gm.graph, states, facts.static)
+    sites += [*norms, *channel_pre.find(gm.graph, states, normed, facts.static), *mix.unread(states)]
     raiser.take([*sites, *coefficients.find(states, facts), *collapse.find(gm.graph, states)], facts)
     raiser.sweep()
     if raiser.raised:
@@ -53,6 +55,7 @@ class Raiser:
         self.judge = Judge()
         self.raised: Counter[str] = Counter()
         self.refusals: list[Refusal] = []
+        self.erased: set[fx.Node] = set()
         self.unread = {node for node in gm.graph.nodes if not node.users}
 
     def facts(self) -> GraphFacts:
@@ -122,8 +125,9 @@ class Raiser:
         for name in candidate.names:
             name.replace_all_uses_with(new[0], delete_user_cb=lambda user: user not in members)
         for node in reversed(part.nodes):
-            if not node.users:
+            if not node.users and node not in self.erased:  # a view may lie in the regions of two candidates
                 self.gm.graph.erase_node(node)
+                self.erased.add(node)
         self.raised[candidate.what] += 1
         self.raised["sinkhorn"] -= sum(node.target is ops.sinkhorn.overload for node in part.nodes)  # now inside it
 

@@ -325,7 +325,7 @@ def _untag_the_rest(graph: fx.Graph, planned: list[_Planned]) -> None:
         for state in each.states
         for node in (state.producer, *state.paths, *state.pres, *state.coefficients)
     }
-    overloads = {op.overload for op in ops.OPS.values()}
+    overloads = {op.overload for op in ops.OPS.values()} - {ops.stream_norm.overload}  # always replayed: its own tag
     for node in graph.nodes:
         source = node.args[0] if node.target is operator.getitem else node
         if isinstance(source, fx.Node) and source.target in overloads and node not in named:

@@ -7,6 +7,8 @@
     sinkhorn      unrolled row and column normalisations
     mix           post-apply and pre-apply: where the sites are
     coefficients  norm, projection, activation and Sinkhorn of a site (stream_norm reads the norm)
+    stream_norm   the norm of each stream on its own
+    channel_pre   pre-apply with a gate for every channel
     collapse      expansion to n streams, mean and sum over them
 
 ``passes.raise_chains`` runs them in this order.

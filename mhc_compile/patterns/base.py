@@ -119,3 +119,15 @@ def in_dtype(edit: Editor, node: fx.Node, dtype: Any) -> fx.Node:
 def tensors(nodes: Sequence[Any]) -> tuple[fx.Node, ...]:
     """The tensor nodes among some arguments, each once, in order."""
     return tuple(dict.fromkeys(node for node in nodes if reading.is_tensor(node)))
+
+
+def last_cast(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The node and the casts that are its only reader, in order: the last one is what the others see."""
+    chain = [node]
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        op = reading.read(user)
+        if op is None or op.kind != "cast":
+            break
+        chain.append(user)
+    return tuple(chain)

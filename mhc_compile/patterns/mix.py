@@ -21,7 +21,7 @@ from torch import fx
 from mhc_compile import ops
 from mhc_compile.patterns import reading
 from mhc_compile.patterns.axes import Axes, Dim, Dims, expression, flat, without
-from mhc_compile.patterns.base import MAX_STREAMS, Candidate, Editor, Refused, arrange, in_dtype
+from mhc_compile.patterns.base import MAX_STREAMS, Candidate, Editor, Refused, arrange, in_dtype, last_cast
 from mhc_compile.patterns.reading import read, strip
 from mhc_compile.patterns.region import GraphFacts
 
@@ -39,6 +39,8 @@ class State:
     channel: int
     gates: dict[fx.Node, str] = field(default_factory=dict)
     """Coefficients that mix this state, and their part: pre, post, res."""
+    per_channel: bool = False
+    """The branch reads it through a gate for every channel (``channel_pre``)."""
 
     @property
     def node(self) -> fx.Node:
@@ -102,18 +104,6 @@ def _longer_than_one(node: fx.Node) -> list[object]:
 
 def _distinct(axes: Axes, nodes: Sequence[fx.Node]) -> bool:
     return all(len(set(axes.atoms(node))) == len(axes.atoms(node)) for node in nodes)
-
-
-def last_cast(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The node and the casts that are its only reader, in order: the last one is what the others see."""
-    chain = [node]
-    while len(chain[-1].users) == 1:
-        (user,) = chain[-1].users
-        op = read(user)
-        if op is None or op.kind != "cast":
-            break
-        chain.append(user)
-    return tuple(chain)
 
 
 # --- post ------------------------------------------------------------------------------------------------------------
@@ -334,10 +324,15 @@ def find(graph: fx.Graph, facts: GraphFacts) -> tuple[list[Candidate | Refused],
         if pre is not None:
             found.append(pre)
     every = list(dict.fromkeys(states.values()))
-    for state in every:
-        if "post" in state.gates.values() and "pre" not in state.gates.values():
-            found.append(Refused("pre", "the branch reads no weighted sum with one weight a stream", state.node))
     return found, every
+
+
+def unread(states: Sequence[State]) -> Iterator[Refused]:
+    """The states that a site adds to and whose branch reads something that was not recognised."""
+    for state in states:
+        parts = state.gates.values()
+        if "post" in parts and "pre" not in parts and not state.per_channel:
+            yield Refused("pre", "the branch reads no weighted sum of the streams that is known", state.node)
 
 
 def _state(names: tuple[fx.Node, ...], axes: Axes, dims: Dims, stream: int, channel: int) -> State:

@@ -44,6 +44,10 @@ def call(
         return ops.post, (state, make(*lead, width), make(*lead, n), make(*lead, n, n)), {"transpose": n % 2 == 0}
     if name == "sinkhorn":
         return ops.sinkhorn, (make(*lead, n, n),), SinkhornSpec(steps=5).op_arguments()
+    if name == "stream_norm":
+        return ops.stream_norm, (state, make(n, width)), {"offset": 1.0, "eps": 1e-3}
+    if name == "channel_pre":
+        return ops.channel_pre, (state, make(2, n * width), make(n * width, 2)), {"inner": 0.3, "scale": 1.0 / n}
     spec = CoefficientSpec(streams=n, sinkhorn=SinkhornSpec(steps=4))
     small = (make(spec.rows, n * width), make(spec.rows), make(), make(1), make())
     return ops.coefficients, (state, *small), spec.op_arguments()
@@ -120,7 +124,7 @@ def test_strides_do_not_matter_and_outputs_are_fresh(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["expand", "pre", "post", "collapse"])
+@pytest.mark.parametrize("name", ["expand", "pre", "post", "collapse", "stream_norm"])
 def test_low_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:
     """Low precision in and out, float32 inside: the error is one rounding of the float64 result."""
     op, tensors, keywords = call(name, 4, (2, 3), dtype, grad=False)

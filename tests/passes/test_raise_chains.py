@@ -29,7 +29,13 @@ EXPECTED = {
     "deepseek_v4": {"expand": 1, "coefficients": SITES + 1, "pre": SITES + 1, "post": SITES},
     "glm5_next": {"expand": 1, "coefficients": SITES, "pre": SITES, "post": SITES, "collapse": 1},
     "hy_v4": {"expand": 1, "coefficients": SITES + 1, "pre": SITES + 1, "post": SITES},
-    "qwen4_exp": {"expand": 1, "coefficients": SITES, "post": SITES},
+    "qwen4_exp": {
+        "expand": 1,
+        "stream_norm": SITES + 1,
+        "channel_pre": SITES + 1,
+        "coefficients": SITES,
+        "post": SITES,
+    },
 }
 FAST = [pytest.param(name, marks=pytest.mark.slow) if name == "glm5_next" else name for name in EXPECTED]
 """GLM5-next's linear attention unrolls into two thousand nodes: once is enough for every run."""
@@ -48,8 +54,7 @@ def test_every_site_of_a_family_is_raised(name: str) -> None:
     got = family(name)
     assert got.ops == EXPECTED[name]
     assert got.result.changed == sum(EXPECTED[name].values())
-    refused = ["pre: the branch reads no weighted sum with one weight a stream"] * (SITES if name == "qwen4_exp" else 0)
-    assert got.reasons == refused
+    assert got.reasons == []
 
 
 def _arithmetic_of_sites(graph: fx.Graph) -> Counter[str]:
@@ -59,7 +64,8 @@ def _arithmetic_of_sites(graph: fx.Graph) -> Counter[str]:
         classes = [owner[1] for owner in node.meta.get("nn_module_stack", {}).values()]
         names = [getattr(cls, "__name__", str(cls).rsplit(".", 1)[-1]) for cls in classes]
         inside = any("Hyper" in name or "GatedResidual" in name for name in names)
-        if node.op.startswith("call") and (inside or (names and names[-1].endswith("DecoderLayer"))):
+        computes = node.op.startswith("call") and bool(node.all_input_nodes)  # a constant is an argument of an op
+        if computes and (inside or (names and names[-1].endswith("DecoderLayer"))):
             name, _ = reading.called_name(node)
             pieces = name in ("getitem", "unbind") or op_of(node)
             if not (pieces or reading.is_plumbing(node)):
@@ -67,19 +73,11 @@ def _arithmetic_of_sites(graph: fx.Graph) -> Counter[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "glm5_next", "hy_v4"])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_no_arithmetic_of_hyper_connections_is_left(name: str) -> None:
     got = family(name)
     assert _arithmetic_of_sites(got.before.graph).total() > 50
     assert not _arithmetic_of_sites(got.after.graph)
-
-
-def test_what_is_left_of_qwen4_exp_is_its_gate_per_channel() -> None:
-    """The norm of each stream and the low-rank gate of its channels have no word in the vocabulary; the sites have."""
-    left = _arithmetic_of_sites(family("qwen4_exp").after.graph)
-    assert left["linear"] == 2 * (SITES + 1)  # down and up of the gate; the projection of post is gone
-    assert left["silu"] == left["sigmoid"] == SITES + 1
-    assert left["add"] == 2 * (SITES + 1)  # norm eps and 1 + weight: no residual add
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -109,11 +107,13 @@ def test_bf16_is_as_near_to_float64_as_the_unraised_graph(name: str) -> None:
     assert statistics.median(b / a for a, b in zip(old[1:], new[1:], strict=True) if a) <= 1.05
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4"])
+@pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4", "qwen4_exp"])
 def test_a_family_trains_under_the_backend(name: str) -> None:
     family(name)
     plain = FAMILIES[name](1)
-    compiled = torch.compile(FAMILIES[name](1), backend="mhc", options={"compiler": "aot_eager"})
+    # AOTAutograd without inductor fails on this family with or without us: a view of softplus's gradient.
+    compiler = "eager" if name == "qwen4_exp" else "aot_eager"
+    compiled = torch.compile(FAMILIES[name](1), backend="mhc", options={"compiler": compiler})
     outputs = []
     for one in (plain, compiled):
         out = one(input_ids=ids(), use_cache=False).last_hidden_state

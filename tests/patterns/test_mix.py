@@ -51,7 +51,7 @@ class Unread(Site):
 def test_a_site_without_a_pre_is_reported() -> None:
     got = raised(model(lambda: Unread(Pieces()), sites=1), tokens())
     assert got.ops["post"] == 1
-    assert "pre: the branch reads no weighted sum with one weight a stream" in got.reasons
+    assert "pre: the branch reads no weighted sum of the streams that is known" in got.reasons
     got.assert_same()
 
 

@@ -87,3 +87,30 @@ def test_a_norm_of_each_stream_is_refused(function: Callable[[Tensor], Tensor]) 
 def test_other_functions_of_the_streams_are_no_norm() -> None:
     assert read_with(read_normalised, lambda x: x.tanh()) is None
     assert read_with(read_normalised, lambda x: x.flatten(-2).float()) == Norm()
+
+
+# --- the norm of each stream, which is an op of its own --------------------------------------------------------------
+
+
+def read_each(function: Callable[[Tensor], Tensor]) -> Norm | None:
+    graph, _ = capture(function, X)
+    nodes = list(graph.graph.nodes)
+    axes = Axes()
+    stream, channel = axes.new(N), axes.new(C)
+    axes.pin(nodes[0], ((axes.new(2),), (axes.new(3),), (stream,), (channel,)))
+    return read_normalised(nodes[-1].args[0][0], Streams((nodes[0],), axes, stream, channel, set(), each=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5), Norm("rms", 1e-5)),
+        (lambda x: x / torch.sqrt(x.square().sum(-1, keepdim=True) / C + 1e-5), Norm("rms", 1e-5)),
+        (lambda x: F.rms_norm(x, (C,), None, 1e-5), Norm("rms", 1e-5)),
+        (lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / (N * C) + 1e-5), None),
+        (lambda x: F.rms_norm(x, (N, C), None, 1e-5), None),
+        (lambda x: x * torch.rsqrt(x.square().mean(-2, keepdim=True) + 1e-5), None),
+    ],
+)
+def test_a_norm_of_each_stream(function: Callable[[Tensor], Tensor], expected: Norm | None) -> None:
+    assert read_each(function) == expected

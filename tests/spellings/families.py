@@ -95,7 +95,7 @@ def hy_v4(layers: int = 2) -> nn.Module:
 
 
 def qwen4_exp(layers: int = 2) -> nn.Module:
-    """No H; streams side by side in one axis; the branch reads a gate per channel, which is no pre."""
+    """No H; streams side by side in one axis, each with its own norm; the branch reads a gate per channel."""
     from transformers.models.qwen4_exp import modeling_qwen4_exp as module
 
     config = module.Qwen4ExpTextConfig(
