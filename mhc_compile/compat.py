@@ -145,6 +145,31 @@ def is_exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+@torch.compiler.assume_constant_result
+def compiled_by_torch() -> bool:
+    """True when a backend of torch's own (inductor, eager, cudagraphs, ...) compiles the frame in progress.
+
+    Dynamo runs it while it traces a caller of this, and takes the answer for a constant (the backend is part of what
+    it looks compiled code up by). Wrappers that may call any backend (DDP's splitter, the counters of
+    ``torch._dynamo.testing``) and functions of the user are none of them.
+    """
+    tx = current_translator()
+    backend = None if tx is None else tx.output.compiler_fn
+    while backend is not None:
+        inner = next((getattr(backend, name, None) for name in _BACKEND_INSIDE if hasattr(backend, name)), None)
+        if inner is None:
+            break
+        backend = inner
+    module = str(getattr(backend, "__module__", ""))
+    if module == "torch":
+        return type(backend).__name__ == "_TorchCompileInductorWrapper"
+    return module.startswith("torch._dynamo.backends.") and not module.endswith(".distributed")
+
+
+_BACKEND_INSIDE = ("_torchdynamo_orig_backend", "compiler_fn", "func")
+"""Where torch's wrappers of a backend keep it: the debugging wrapper, ``torch.compile``'s, ``functools.partial``."""
+
+
 def unsupported_exceptions() -> tuple[type[BaseException], ...]:
     """What Dynamo raises under ``fullgraph=True`` when it cannot capture a frame whole."""
     from torch._dynamo import exc

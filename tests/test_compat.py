@@ -68,6 +68,29 @@ def test_break_reason_and_resume() -> None:
     assert [resumed for _, resumed in found] == [False, True]
 
 
+def test_whose_backend_compiles() -> None:
+    """Torch's own backends are told from ours, from the user's and from wrappers that may call any."""
+    import functools
+
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    found: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if compat.compiled_by_torch() else x - 1
+
+    def mine(gm: Any, inputs: Any, note: str = "") -> Any:
+        return gm.forward
+
+    for backend in ("eager", "aot_eager", mine, functools.partial(mine, note=""), CompileCounterWithBackend("eager")):
+        torch._dynamo.reset()
+        found.append(bool(torch.compile(look, backend=backend)(torch.zeros(1)) == 1))
+    torch._dynamo.reset()
+    found.append(bool(compiled(look)(torch.zeros(1)) == 1))
+    assert found == [True, True, False, False, False, False]
+    assert compat.compiled_by_torch() is False
+
+
 def test_instance_guard() -> None:
     """With it each instance is compiled for itself; without it code is shared (the hazard is still there)."""
     counts = {}

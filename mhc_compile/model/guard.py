@@ -1,9 +1,9 @@
 """A converted model must not silently run without its hyper-connections.
 
 Calling it uncompiled (``model(x)``, ``generate()`` on the wrapper, a frame that Dynamo gave up on, ``torch.export``)
-would run the user's own forward, which knows nothing of them. A forward-pre-hook on the modules that own the adds
-refuses that. It costs no recompile: Dynamo does not guard on hooks that were added after it looked, and while it
-traces, ``torch.compiler.is_compiling()`` is true.
+or compiled by another backend would run the user's own forward, which knows nothing of them. A forward-pre-hook on the
+modules that own the adds refuses that. It costs no recompile: Dynamo does not guard on hooks that were added after it
+looked, and while it traces, ``torch.compiler.is_compiling()`` is true.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from mhc_compile.errors import FragmentError, UncompiledError
 _local = threading.local()
 
 
+_OTHER_BACKEND = (
+    "a converted model is being compiled by another backend, which would leave its hyper-connections out: compile it "
+    "with backend='mhc', or call it within `with mhc_compile.plain():`"
+)
+
+
 class PlainRunGuard:
     """The hook. A class, so that a model that carries it can be copied and pickled."""
 
@@ -31,7 +37,10 @@ class PlainRunGuard:
         if torch.compiler.is_compiling():
             if compat.is_exporting():
                 _refuse(module, "is being exported")
-            return
+            if not compat.compiled_by_torch() or getattr(_local, "plain", False):
+                return
+            # Back to eager, where this hook runs again; with fullgraph=True this text is the error.
+            torch._dynamo.graph_break(msg=_OTHER_BACKEND)
         if not getattr(_local, "plain", False):
             _refuse(module, "was called uncompiled")
 
@@ -47,8 +56,8 @@ def _refuse(module: nn.Module, how: str) -> None:
     raise UncompiledError(
         f"a converted model {how}: {type(module).__name__} would run without its hyper-connections",
         cure="call the compiled model (model.compile(backend='mhc') also covers generate()); if Dynamo fell back to "
-        "eager, TORCH_LOGS=recompiles,graph_breaks says why (a TorchDispatchMode around the call is one reason); "
-        "for the plain model on purpose use "
+        "eager, TORCH_LOGS=recompiles,graph_breaks says why (a TorchDispatchMode around the call is one reason, "
+        "another backend than 'mhc' too); for the plain model on purpose use "
         "`with mhc_compile.plain():` or mhc_compile.to_plain(model)",
     )
 

@@ -154,6 +154,39 @@ def test_suppress_errors_and_recompile_limit_raise(model: nn.Module) -> None:
             call(ids(2, 6))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_another_backend_is_refused(model: nn.Module, backend: str) -> None:
+    """It would compile the user's own forward: the plain model, fast and in silence."""
+    other = torch.compile(model, backend=backend)
+    with pytest.raises(UncompiledError):
+        other(ids())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="being compiled by another backend"):
+        torch.compile(model, backend=backend, fullgraph=True)(ids())
+
+
+def test_another_backend_within_plain(model: nn.Module) -> None:
+    """What was compiled within plain() does not serve a call outside of it, and the other way round."""
+    for fullgraph in (False, True):
+        other = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        with mhc_compile.plain():
+            other(ids())
+        with pytest.raises(Exception, match="converted model"):
+            other(ids())
+        with mhc_compile.plain():
+            other(ids())
+
+
+def test_a_backend_of_the_user_may_call_ours(model: nn.Module) -> None:
+    from mhc_compile.backend import mhc
+
+    def counted(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        return mhc(gm, inputs, options=EAGER)
+
+    want = compiled(model)(ids())
+    assert torch.equal(torch.compile(model, backend=counted)(ids()), want)
+
+
 def test_generate_style_methods(model: nn.Module) -> None:
     """A method of the wrapper runs the original module."""
 
