@@ -79,7 +79,8 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, c
     args, kwargs = split_inputs(model, inputs)
     compiled = torch.compile(model, backend=capture, fullgraph=True, dynamic=False)
     try:
-        compiled(*args, **kwargs)
+        with compat.keep_sizes():  # or the first real call with other sizes would be compiled for dynamic ones
+            compiled(*args, **kwargs)
     except done:
         pass
     except compat.unsupported_exceptions() as error:

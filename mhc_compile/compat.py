@@ -7,7 +7,9 @@ moves. Nothing here changes torch.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +126,25 @@ def passthrough_exceptions() -> tuple[type[BaseException], ...]:
     from torch._dynamo import exc
 
     return (exc.RestartAnalysis, exc.SkipFrame)
+
+
+@contextlib.contextmanager
+def keep_sizes() -> Iterator[None]:
+    """Afterwards Dynamo remembers the sizes that it remembered before: a trace within leaves none behind.
+
+    It keeps the sizes that it has seen of each code object (``pgo._CODE_STATE``) and makes those that differ the next
+    time dynamic. Seen in 2.11, 2.13.
+    """
+    from torch._dynamo import pgo
+
+    state = pgo.get_code_state()
+    before = copy.deepcopy(dict(state))
+    try:
+        yield
+    finally:
+        if pgo._CODE_STATE is state:  # torch._dynamo.reset() has not thrown it away
+            state.clear()
+            state.update(before)
 
 
 def capture_done() -> type[Exception]:

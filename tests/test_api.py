@@ -133,3 +133,21 @@ def test_explain_of_what_cannot_be_converted() -> None:
     assert "not one graph" in report.error
     with pytest.raises(OptionError, match="streams"):
         mhc_compile.explain(tiny(layers=1), ids(), stream=4)
+
+
+@pytest.mark.parametrize("look", [mhc_compile.prepare, mhc_compile.explain])
+def test_other_sizes_than_the_first_call(look: Any) -> None:
+    """Dynamo makes a size dynamic that it sees twice with different values; ours is not the first of them."""
+    graphs: list[bool] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(any(not isinstance(value, Tensor) for value in inputs))
+        return gm.forward
+
+    model = tiny(layers=1)
+    look(model, ids(3, 7))
+    torch.compile(model, backend=backend)(ids(2, 5))
+    assert graphs == [False]
+    look(model, ids(4, 9))
+    torch.compile(model, backend=backend)(ids(2, 6))
+    assert graphs == [False, True], "what real calls have shown is remembered"

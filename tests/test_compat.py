@@ -91,6 +91,36 @@ def test_whose_backend_compiles() -> None:
     assert compat.compiled_by_torch() is False
 
 
+def test_sizes_are_kept_and_dropped() -> None:
+    """What was seen within is forgotten, what was seen before is not."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    dynamic: list[bool] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        dynamic.append(any(isinstance(value, (int, torch.SymInt)) for value in inputs))
+        return gm.forward
+
+    def fresh() -> Any:
+        """The same code object without what is compiled for it."""
+        torch._dynamo.eval_frame.remove_from_cache(f)
+        return torch.compile(f, backend=backend)
+
+    with compat.keep_sizes():
+        fresh()(torch.zeros(3))
+    fresh()(torch.zeros(4))
+    with compat.keep_sizes():
+        fresh()(torch.zeros(4))
+        torch._dynamo.reset()  # throws the memory away: there is nothing to restore then
+    fresh()(torch.zeros(5))
+    with compat.keep_sizes():
+        fresh()(torch.zeros(5))
+    fresh()(torch.zeros(6))
+    assert dynamic == [False, False, False, False, False, True]
+
+
 def test_instance_guard() -> None:
     """With it each instance is compiled for itself; without it code is shared (the hazard is still there)."""
     counts = {}
