@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.device import graphed, median_us, save, unit_us
-from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, sinkhorn
+from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, pre_norm, sinkhorn
 from mhc_compile.ops import CoefficientSpec
 
 SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
@@ -22,8 +22,21 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
         "num_warps": 8}, {"BC": 512, "num_warps": 4}, {"BC": 256, "num_warps": 1},
     ]),
     "post_dots": (post, "dots_config", [
-        {"LANES": 64, "INNER": 8, "num_warps": 2}, {"LANES": 128, "INNER": 8, "num_warps": 4},
-        {"LANES": 256, "INNER": 8, "num_warps": 8}, {"LANES": 128, "INNER": 4, "num_warps": 4},
+        {"LANES": 32 * warps, "INNER": inner, "STAGES": stages, "UNROLL": unroll, "num_warps": warps}
+        for warps, inner, stages, unroll in (
+            (1, 8, 1, 2), (1, 8, 2, 1), (1, 8, 4, 1), (2, 8, 1, 1), (2, 8, 2, 1), (2, 8, 3, 1), (4, 4, 2, 1),
+            (4, 4, 3, 1),
+        )
+    ]),
+    "pre_norm": (pre_norm, "config", [
+        {"BC": 512, "num_warps": 2}, {"BC": 512, "num_warps": 4}, {"BC": 1024, "num_warps": 4},
+        {"BC": 1024, "num_warps": 8}, {"BC": 1024, "num_warps": 2},
+    ]),
+    "pre_norm_dots": (pre_norm, "backward_config", [
+        {"BC": block, "STAGES": stages, "num_warps": warps}
+        for block, stages, warps in (
+            (512, 1, 4), (512, 2, 4), (512, 3, 4), (1024, 1, 4), (1024, 1, 8), (1024, 2, 8), (512, 2, 8), (2048, 2, 8),
+        )
     ]),
     "pre_dots": (pre, "dots_config", [
         {"LANES": 32, "INNER": 8, "num_warps": 1}, {"LANES": 64, "INNER": 8, "num_warps": 2},
@@ -31,9 +44,11 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     ]),
     "project": (coefficients, "project_config", []),
     "streams_backward": (boundary, "streams_config", [
-        {"BT": bt, "BC": bc, "SPAN": span, "num_warps": warps, "num_stages": stages}
-        for bt, bc, span, warps, stages in (
-            (64, 32, 512, 4, 1), (64, 32, 256, 4, 1), (128, 32, 512, 8, 1), (128, 32, 1024, 8, 1), (32, 32, 512, 2, 1),
+        {"BT": bt, "BC": bc, "SPAN": span, "STAGES": stages, "num_warps": warps, **more}
+        for bt, bc, span, warps, stages, more in (
+            (64, 32, 256, 4, 1, {}), (64, 32, 256, 4, 2, {}), (64, 32, 512, 4, 2, {}), (64, 32, 512, 4, 3, {}),
+            (64, 32, 1280, 4, 2, {}), (64, 32, 256, 4, 2, {"maxnreg": 168}), (64, 32, 256, 4, 1, {"maxnreg": 168}),
+            (128, 32, 512, 8, 2, {}), (128, 32, 512, 8, 3, {}), (64, 32, 1280, 4, 3, {}),
         )
     ]),
 }  # fmt: skip
@@ -86,6 +101,8 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
     partial = coefficients.project(x, hi, lo, 24, 32, splits)
     outs = coefficients.activate(partial, bias, *alphas, n * width, *flat)
     dm, multiple, _ = coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat)
+    scale = bf16(width)
+    _, statistics = pre_norm.forward(x, p, scale, None, "rms", 1e-6, 0.0, True)
     dealt = boundary.dealt_phi(phi, dm.dtype, n)
     return {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
@@ -100,6 +117,10 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         "phi_gradient": (lambda: coefficients_backward.phi_gradient(dm, x, spec), n),
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
         "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
+        "pre_norm": (lambda: pre_norm.forward(x, p, scale, None, "rms", 1e-6, 0.0, True), n + 1),
+        "pre_norm_dots": (
+            lambda: pre_norm.dots(du, x, p, scale, statistics, "rms", 0.0, True, True, True, False), n + 2,
+        ),
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),

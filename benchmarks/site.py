@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def spelled(x: Tensor, sites: list[Site]) -> Tensor:
 def ours(x: Tensor, sites: list[Site]) -> Tensor:
     for phi, bias, a, b, c, weight in sites:
         pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, a, b, c, **SPEC.op_arguments())
-        y = rms_norm(torch.ops.mhc.pre.default(x, pre), weight)
+        y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
         x = torch.ops.mhc.post.default(x, y, post, res, False)
     return x
 
@@ -75,7 +76,7 @@ def single_pass(x: Tensor, sites: list[Site]) -> Tensor:
     pre = torch.nn.functional.one_hot(torch.zeros(x.shape[:-2], dtype=torch.long, device=x.device), STREAMS).float()
     for phi, bias, a, b, c, weight in sites:
         following, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, a, b, c, **SPEC.op_arguments())
-        y = rms_norm(torch.ops.mhc.pre.default(x, pre), weight)
+        y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
         x = torch.ops.mhc.post.default(x, y, post, res, False)
         pre = following
     return x
@@ -159,7 +160,7 @@ def tile_kernels_chain() -> Callable[..., Tensor] | str:
 
 def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
     patches: Any = config_patches(Options(), log)
-    traced: Any = config_patches(Options(), log, traced_launches=True)
+    opaque: Any = config_patches(Options(), log, traced_launches=False)
     native: Any = config_patches(Options(lowering="native"), LoweringLog())
     return {
         "eager, spelled": spelled,
@@ -167,7 +168,7 @@ def implementations(log: LoweringLog) -> dict[str, Callable[..., Tensor] | str]:
         "Liger": liger_chain(),
         "TileKernels": tile_kernels_chain(),
         "mhc, native bodies through inductor": torch.compile(ours, fullgraph=True, options=native),
-        "mhc, traced launches": torch.compile(ours, fullgraph=True, options=traced),
+        "mhc, opaque launches": torch.compile(ours, fullgraph=True, options=opaque),
         "mhc": torch.compile(ours, fullgraph=True, options=patches),
         "mhc, single_pass": torch.compile(single_pass, fullgraph=True, options=patches),
     }
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, nargs="*", default=[4096, 2560])
     parser.add_argument("--sites", type=int, default=4)
-    parser.add_argument("--only", nargs="*", default=None, help="names that contain one of these words")
+    parser.add_argument("--only", nargs="*", default=None, help="names of rows; * stands for anything")
     parser.add_argument("--name", default="site", help="file under benchmarks/results")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
@@ -187,7 +188,7 @@ def main() -> None:
         u = unit_us(arguments.tokens, width)
         print(f"T {arguments.tokens}  C {width}  n {STREAMS}  u = {u:.2f} us", flush=True)
         for name, function in implementations(log).items():
-            if arguments.only and not any(word in name for word in arguments.only):
+            if arguments.only and not any(fnmatch(name, pattern) for pattern in arguments.only):
                 continue
             key = f"{name}/{width}"
             if isinstance(function, str):

@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from mhc_compile import compat
-from mhc_compile.config import resolve
+from mhc_compile.config import Options, resolve
 from mhc_compile.convert import Conversion, as_error, convert
-from mhc_compile.errors import FragmentError, MhcError
+from mhc_compile.errors import FragmentError, MhcError, OptionError
 from mhc_compile.model.state import wrappers
 from mhc_compile.report import CompileReport, make_report
 
@@ -48,17 +48,29 @@ def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileRe
     Nothing is compiled, run or changed. Arguments as ``prepare``; a model that cannot be converted gives a report
     whose ``error`` says why.
     """
+    resolved = _resolved(options)
     try:
         return trace(model, example_inputs, options, commit=False).report
     except MhcError as error:
-        report: CompileReport = error.report or make_report(type(model).__name__, resolve(options, None))
+        report: CompileReport = error.report or make_report(type(model).__name__, resolved)
         report.error = str(error)
         return report
 
 
+def _resolved(options: dict[str, Any]) -> Options:
+    """The options of a call; OptionError for a tensor among them, which was meant as an input."""
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):
+            raise OptionError(
+                f"{name!r} is a tensor, not an option",
+                cure=f"give inputs that have names as a dictionary in the last place: (model, {{{name!r}: ...}})",
+            )
+    return resolve(options or None, None)
+
+
 def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, commit: bool) -> Conversion:
     """Convert the graph that Dynamo makes of a call; ``commit`` registers the parameters. Raises MhcError."""
-    resolved = resolve(options or None, None)
+    resolved = _resolved(options)
     *wrapped, model = wrappers(model)
     done = compat.capture_done()
     outcome: list[Conversion | MhcError] = []

@@ -133,6 +133,8 @@ def test_explain_of_what_cannot_be_converted() -> None:
     assert "not one graph" in report.error
     with pytest.raises(OptionError, match="streams"):
         mhc_compile.explain(tiny(layers=1), ids(), stream=4)
+    with pytest.raises(OptionError, match="dictionary in the last place"):
+        mhc_compile.explain(tiny(layers=1), ids=ids())
 
 
 @pytest.mark.parametrize("look", [mhc_compile.prepare, mhc_compile.explain])

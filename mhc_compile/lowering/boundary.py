@@ -26,7 +26,7 @@ from torch import Tensor
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients_backward import phi_gradient
-from .launch import by_token, dot, hint, kernel_op, launch, nonempty
+from .launch import by_token, dot, hint, kernel_op, launch, nonempty, stages_of
 
 GROUP = 32
 """Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
@@ -50,7 +50,7 @@ def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
@@ -59,8 +59,18 @@ def streams_backward_kernel(
     program = tl.program_id(0)
     base = (program // SPANS).to(tl.int64) * BT
     line = tl.arange(0, BT)
-    rows = (base + line)[:, None]
-    there = rows < tokens
+    rows = line[:, None]
+    there = rows < tokens - base
+    # Offsets within a tile fit 32 bits; the tile's own place, which need not, goes into the pointers.
+    state_base = base * (N * C)
+    x_ptr += state_base
+    grad_ptr += state_base
+    out_ptr += state_base
+    du_ptr += base * C
+    res_ptr += base * (N * N)
+    pre_ptr += base * N
+    multiple_ptr += base
+    dm_ptr += base * WIDTH
     if POST and HAS_RES:
         h = ()
         for o in tl.static_range(N * N):
@@ -72,13 +82,13 @@ def streams_backward_kernel(
     ks = tl.arange(0, KP)
     if COEFFICIENTS:
         block = line // (16 * WARPS) * (16 * WARPS)
-        core = (base + block + (line // 8 % 2) * (8 * WARPS) + (line // 16 % WARPS) * 8 + line % 8)[:, None]
-        dm = tl.load(dm_ptr + core * WIDTH + ks[None, :], mask=core < tokens, other=0.0)
+        core = (block + (line // 8 % 2) * (8 * WARPS) + (line // 16 % WARPS) * 8 + line % 8)[:, None]
+        dm = tl.load(dm_ptr + core * WIDTH + ks[None, :], mask=core < tokens - base, other=0.0)
         if TWO:
-            low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens, other=0.0)
+            low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens - base, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
     first = (program % SPANS) * SPAN
-    for step in range(0, SPAN, BC):
+    for step in tl.range(0, SPAN, BC, num_stages=STAGES):
         columns = (first + step + tl.arange(0, BC))[None, :]
         mask = (there & (columns < C)) if MASKED else there
         state = rows * (N * C) + columns
@@ -117,13 +127,14 @@ def streams_backward_kernel(
             tl.store(out_ptr + state + i * C, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
-    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them); a program walks over 256
-    channels."""
-    span = min(256, triton.cdiv(width, GROUP) * GROUP)
+def streams_config(tokens: int, width: int, streams: int, padded: int, like: Tensor) -> dict[str, int]:
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them), the next steps' tiles on their way;
+    a program walks over 256 channels."""
+    span, itemsize = min(256, triton.cdiv(width, GROUP) * GROUP), like.element_size()
     if tokens <= 16 or itemsize > 2:
-        return {"BT": 16, "BC": GROUP, "SPAN": span, "num_warps": 1, "num_stages": 1}
-    return {"BT": 64, "BC": GROUP, "SPAN": span, "num_warps": 4, "num_stages": 1}
+        return {"BT": 16, "BC": GROUP, "SPAN": span, "STAGES": 1, "num_warps": 1}
+    tile = ((2 * streams + 1) * 64 + streams * padded) * GROUP * itemsize
+    return {"BT": 64, "BC": GROUP, "SPAN": span, "STAGES": stages_of(like.device, tile, 3), "num_warps": 4}
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
@@ -160,8 +171,8 @@ def streams_backward(
     tokens, n, width = x.shape
     out = torch.empty_like(x)
     if nonempty(tokens):
-        config = streams_config(hint(tokens), width, x.element_size())
         padded = 16 if phi is None else phi.shape[0]
+        config = streams_config(hint(tokens), width, n, padded, x)
         grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),)
         launch(
             streams_backward_kernel,

@@ -119,7 +119,7 @@ def part_logits(
     """(m, m / r * alpha + bias) of one part; `offsets` are token * KP + row, `lines` the row within phi."""
     m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        m += tl.load(partial_ptr + split * tokens.to(tl.int64) * KP + offsets, mask=mask, other=0.0)
+        m += tl.load(partial_ptr + tl.full((), split * KP, tl.int64) * tokens + offsets, mask=mask, other=0.0)
     alpha = tl.load(alpha_ptr).to(tl.float32)
     bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
     return m, m / r * alpha + bias
@@ -142,7 +142,7 @@ def activate_kernel(
     if NORM != 2:
         squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
         for split in tl.static_range(1, SPLITS):
-            squares += tl.load(partial_ptr + split * tokens.to(tl.int64) * KP + base + K, mask=there, other=1.0)
+            squares += tl.load(partial_ptr + tl.full((), split * KP, tl.int64) * tokens + base + K, mask=there, other=1.0)
         r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
     tl.store(projection_ptr + token * (K + 1) + K, r, mask=there)
     line = tl.arange(0, NP)

@@ -9,6 +9,7 @@ the three backward ops keep only their small results.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,14 @@ from . import kernels
 from .base import TARGETS, LoweringLog, arguments
 from .inline import inline, replace, trace
 
-_STATE_ARGUMENT = {"post_backward": "streams", "pre_backward": "streams", "coefficients_backward": "x"}
+_STATE_ARGUMENT = {
+    "post_backward": "streams",
+    "pre_backward": "streams",
+    "pre_norm_backward": "streams",
+    "coefficients_backward": "x",
+}
+_SLOT = {"post_backward": "post", "pre_backward": "pre", "pre_norm_backward": "pre", "coefficients_backward": "x"}
+"""Backward op -> the terms of the merged gradient that it gives; a sum has each of them once."""
 _ADD = torch.ops.aten.add.Tensor
 
 
@@ -30,7 +38,7 @@ class StreamGradient:
     root: fx.Node
     state: fx.Node
     sources: dict[str, fx.Node] = field(default_factory=dict)
-    """Name of the backward op -> its node."""
+    """Slot -> the node of the backward op."""
     others: list[fx.Node] = field(default_factory=list)
 
 
@@ -86,10 +94,11 @@ def find_stream_gradients(graph: fx.Graph) -> list[StreamGradient]:
             state = named[_STATE_ARGUMENT[name]]
             if merged is None or (not merged.sources and merged.state is root):
                 merged = StreamGradient(root, state, others=merged.others if merged is not None else [])
-            if name in merged.sources or state is not merged.state or kernels.refusal(name, named):
+            slot = _SLOT[name]
+            if slot in merged.sources or state is not merged.state or kernels.refusal(name, named):
                 merged.others.append(leaf)
             else:
-                merged.sources[name] = node
+                merged.sources[slot] = node
         if merged is not None and len(merged.sources) >= 2:
             found.append(merged)
     return found
@@ -104,45 +113,50 @@ def _without_stream_gradient(node: fx.Node) -> None:
     node.kwargs = {}
 
 
-def _split_coefficients(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Replace a coefficients_backward by its pieces; returns the nodes (dm, phi operand, multiple)."""
-    from . import boundary
-
+def _split(node: fx.Node, pieces: Callable[..., tuple[Tensor, ...]], results: int) -> list[Any]:
+    """Replace a backward op by `pieces` of its arguments: first its own `results`, then what the merged gradient needs,
+    whose nodes are returned."""
     args = list(arguments(node).values())
     positions = [index for index, value in enumerate(args) if isinstance(value, fx.Node)]
 
-    def pieces(*values: Any) -> tuple[Tensor, ...]:
-        filled = list(args)
+    def filled(*values: Any) -> tuple[Tensor, ...]:
+        all_arguments = list(args)
         for index, value in zip(positions, values, strict=True):
-            filled[index] = value
-        return boundary.coefficients_pieces(*filled)
+            all_arguments[index] = value
+        return pieces(*all_arguments)
 
     nodes = [args[index] for index in positions]
-    outputs = inline(node.graph, node, trace(pieces, nodes), nodes)
-    replace(node, list(outputs[:6]))
-    return outputs[6], outputs[7], outputs[8]
+    outputs = inline(node.graph, node, trace(filled, nodes), nodes)
+    replace(node, list(outputs[:results]))
+    return list(outputs[results:])
 
 
 def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
     """Replace every sum found by one `mhc_kernel::streams_backward`; returns how many."""
+    from . import boundary, pre_norm
+
     merged = find_stream_gradients(graph)
     for item in merged:
         grad = h_res = du = h_pre = dm = phi = multiple = None
         transpose = False
-        if "post_backward" in item.sources:
-            node = item.sources["post_backward"]
+        feeders = [TARGETS[node.target] for node in item.sources.values()]
+        if "post" in item.sources:
+            node = item.sources["post"]
             named = arguments(node)
             grad, h_res, transpose = named["grad"], named["h_res"], named["transpose"]
             _without_stream_gradient(node)
-        if "pre_backward" in item.sources:
-            node = item.sources["pre_backward"]
+        if "pre" in item.sources:
+            node = item.sources["pre"]
             named = arguments(node)
-            du, h_pre = named["grad"], named["h_pre"]
+            name, h_pre, du = TARGETS[node.target], named["h_pre"], named["grad"]
             _without_stream_gradient(node)
-        if "coefficients_backward" in item.sources:
-            node = item.sources["coefficients_backward"]
+            if name == "pre_norm_backward":
+                (du,) = _split(node, pre_norm.pieces, 4)
+                log.record(name, "triton")
+        if "x" in item.sources:
+            node = item.sources["x"]
             _without_stream_gradient(node)
-            dm, phi, multiple = _split_coefficients(node)
+            dm, phi, multiple = _split(node, boundary.coefficients_pieces, 6)
             log.record("coefficients_backward", "triton")
         with graph.inserting_before(item.root):
             total = graph.call_function(
@@ -155,7 +169,7 @@ def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
                 total = graph.call_function(_ADD, (total, other))
                 total.meta.update(val=value)
         item.root.replace_all_uses_with(total)
-        log.record("streams gradient", "fused", " + ".join(sorted(item.sources)))
+        log.record("streams gradient", "fused", " + ".join(sorted(feeders)))
     graph.eliminate_dead_code()
     return len(merged)
 
@@ -163,6 +177,4 @@ def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
 def run(graph: fx.Graph, log: LoweringLog) -> None:
     """All fusions, in order."""
     if any(TARGETS.get(node.target) in _STATE_ARGUMENT for node in graph.nodes):
-        from . import boundary  # noqa: F401  # registers the kernel ops
-
         merge_stream_gradients(graph, log)

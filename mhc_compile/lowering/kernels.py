@@ -50,7 +50,7 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     reason = platform_refusal(device_of(named))
     if reason:
         return reason
-    from . import coefficients, post, pre, sinkhorn
+    from . import coefficients, post, pre, pre_norm, sinkhorn
 
     values = {key: fake(value) for key, value in named.items()}
     backward = name.endswith("_backward")
@@ -62,19 +62,21 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     if stem == "post":
         return post.refusal(values["streams"], values["y"])
     if stem == "pre_norm":
-        return "no kernel"
+        return pre_norm.refusal(values["streams"], values["weight"], values["bias"])
     return coefficients.refusal(values, values["x"], values["phi"], backward)
 
 
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
     """Replace `node` by calls of its kernels and the few tensor operations around them."""
-    from . import boundary, coefficients, post, pre, sinkhorn
+    from . import boundary, coefficients, post, pre, pre_norm, sinkhorn
 
     functions = {
         "sinkhorn": sinkhorn.forward,
         "sinkhorn_backward": sinkhorn.backward,
         "pre": pre.forward,
         "pre_backward": pre.backward,
+        "pre_norm": pre_norm.forward,
+        "pre_norm_backward": pre_norm.backward,
         "post": post.forward,
         "post_backward": post.backward,
         "coefficients": coefficients.forward,

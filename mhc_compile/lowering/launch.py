@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +30,8 @@ _UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMS = (1, 2, 3, 4, 8)
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that a program may have on Hopper."""
 
 
 KERNEL_OPS: dict[Any, Callable[..., Any]] = {}
@@ -88,6 +91,19 @@ def by_token(value: Tensor, trailing: int) -> Tensor:
     return value.contiguous().reshape(math.prod(value.shape[: value.dim() - trailing]), *tail)
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def stages_of(device: torch.device, bytes_a_stage: int, most: int) -> int:
+    """Stages of a loop whose loads run ahead through shared memory (s stages hold s - 1 copies): as many as leave room
+    for two programs a multiprocessor, at least 1 (nothing runs ahead)."""
+    limit = _shared_memory(device.index or 0) if device.type == "cuda" else SHARED_MEMORY
+    room = (limit // 2 if limit >= SHARED_MEMORY else limit) - 18 * 1024
+    return max(1, min(most, room // max(bytes_a_stage, 1) + 1))
+
+
 def block_of(width: int, most: int) -> int:
     """Block of channels: the least power of two >= width, at most `most`, at least 16."""
     return max(16, min(most, triton.next_power_of_2(width)))
@@ -136,3 +152,34 @@ def load_scalars(pointer, COUNT: tl.constexpr) -> tl.tensor:
     for index in tl.static_range(COUNT):
         values = values + (tl.load(pointer + index).to(tl.float32),)
     return values
+
+
+@triton.jit
+def side_by_side(values) -> tl.tensor:
+    """2^m rows [B] -> [B, 2, .., 2] (m twos), row k where the m indices are the bits of k from the lowest, so that one
+    reduction over B serves them all: a reduction across warps costs a barrier, whatever it carries."""
+    for _ in tl.static_range(6):
+        if len(values) > 1:
+            pairs = ()
+            for k in tl.static_range(len(values) // 2):
+                pairs = pairs + (tl.join(values[2 * k], values[2 * k + 1]),)
+            values = pairs
+    return values[0]
+
+
+@triton.jit
+def places(COUNT: tl.constexpr) -> tl.tensor:
+    """The number of each row in `side_by_side` of COUNT rows, [2, .., 2] (a number for one row)."""
+    numbers = ()
+    for k in tl.static_range(COUNT):
+        numbers = numbers + (tl.full((1,), k, dtype=tl.int32),)
+    return tl.sum(side_by_side(numbers), axis=0)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """COUNT rows [BLOCK] of zeros, as a tuple."""
+    rows = ()
+    for _ in tl.static_range(COUNT):
+        rows = rows + (tl.zeros((BLOCK,), dtype=tl.float32),)
+    return rows

@@ -30,7 +30,10 @@ from .launch import (
     load_row,
     load_scalars,
     nonempty,
+    places,
+    side_by_side,
     store_row,
+    zeros,
 )
 
 INNER = 8
@@ -80,7 +83,8 @@ def post_kernel(
 @triton.jit
 def post_dots_kernel(
     grad_ptr, x_ptr, y_ptr, post_ptr, dy_ptr, d_post_ptr, d_res_ptr, C: tl.constexpr, N: tl.constexpr,
-    LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr, NEED_RES: tl.constexpr,
+    NP: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr,
+    NEED_RES: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>."""
     BC: tl.constexpr = LANES * INNER
@@ -88,13 +92,9 @@ def post_dots_kernel(
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     q = load_scalars(post_ptr + token * N, N)
-    dq = ()
-    dh = ()
-    for _ in tl.static_range(N):
-        dq = dq + (tl.zeros((LANES,), dtype=tl.float32),)
-    for _ in tl.static_range(N * N):
-        dh = dh + (tl.zeros((LANES,), dtype=tl.float32),)
-    for block in tl.static_range((C + BC - 1) // BC):
+    dq = zeros(NP, LANES)
+    dh = zeros(NP * NP, LANES)
+    for block in tl.range(0, (C + BC - 1) // BC, num_stages=STAGES, loop_unroll_factor=UNROLL):
         offsets = block * BC + lanes
         mask = offsets < C
         y = load_row(y_ptr, token * C, offsets, mask, MASKED)
@@ -111,21 +111,29 @@ def post_dots_kernel(
             store_row(dy_ptr, token * C, offsets, dy, mask, MASKED)
         new_q = ()
         new_h = ()
-        for o in tl.static_range(N):
-            new_q = new_q + (dq[o] + tl.sum(gs[o] * y, axis=1),)
-            if NEED_RES:
-                for i in tl.static_range(N):
-                    new_h = new_h + (dh[o * N + i] + tl.sum(gs[o] * xs[i], axis=1),)
+        for o in tl.static_range(NP):
+            if o < N:
+                new_q = new_q + (dq[o] + tl.sum(gs[o] * y, axis=1),)
+            else:
+                new_q = new_q + (dq[o],)
+            for i in tl.static_range(NP if NEED_RES else 0):
+                if o < N and i < N:
+                    new_h = new_h + (dh[o * NP + i] + tl.sum(gs[o] * xs[i], axis=1),)
+                else:
+                    new_h = new_h + (dh[o * NP + i],)
         dq = new_q
         if NEED_RES:
             dh = new_h
-    for o in tl.static_range(N):
-        tl.store(d_post_ptr + token * N + o, tl.sum(dq[o], axis=0).to(d_post_ptr.dtype.element_ty))
-        if NEED_RES:
-            for i in tl.static_range(N):
-                cell = i * N + o if TRANSPOSE else o * N + i
-                value = tl.sum(dh[o * N + i], axis=0)
-                tl.store(d_res_ptr + token * (N * N) + cell, value.to(d_res_ptr.dtype.element_ty))
+    stream = places(NP)
+    d_post = tl.sum(side_by_side(dq), axis=0).to(d_post_ptr.dtype.element_ty)
+    tl.store(d_post_ptr + token * N + stream, d_post, mask=stream < N)
+    if NEED_RES:
+        cell = places(NP * NP)
+        o = cell // NP
+        i = cell % NP
+        place = i * N + o if TRANSPOSE else o * N + i
+        d_res = tl.sum(side_by_side(dh), axis=0).to(d_res_ptr.dtype.element_ty)
+        tl.store(d_res_ptr + token * (N * N) + place, d_res, mask=(o < N) & (i < N))
 
 
 def post_config(width: int) -> dict[str, int]:
@@ -135,9 +143,8 @@ def post_config(width: int) -> dict[str, int]:
 
 
 def dots_config(width: int) -> dict[str, int]:
-    """Two warps a token; more would spend their time in the reductions."""
-    lanes = 64 if width >= 512 else 32
-    return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
+    """One warp a token with the next blocks on their way; more warps would spend their time in the reductions."""
+    return {"LANES": 32, "INNER": INNER, "STAGES": 3 if width > 512 else 1, "UNROLL": 1, "num_warps": 1}
 
 
 @kernel_op("post")
@@ -184,8 +191,8 @@ def dots(
     if nonempty(tokens):
         launch(
             post_dots_kernel, (tokens,),
-            g, x, branch, q, dy, d_post, d_res, C=width, N=n, TRANSPOSE=transpose, NEED_Y=need_y,
-            NEED_RES=h_res is not None, **dots_config(width),
+            g, x, branch, q, dy, d_post, d_res, C=width, N=n, NP=triton.next_power_of_2(n), TRANSPOSE=transpose,
+            NEED_Y=need_y, NEED_RES=h_res is not None, **dots_config(width),
         )  # fmt: skip
     return dy.view(y.shape) if need_y else dy, d_post.view(h_post.shape), d_res
 

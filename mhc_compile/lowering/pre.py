@@ -21,9 +21,12 @@ from .launch import (
     load_row,
     load_scalars,
     nonempty,
+    places,
+    side_by_side,
     store_row,
+    zeros,
 )
-from .post import dots_config
+from .post import INNER
 
 
 def refusal(x: Tensor) -> str:
@@ -55,27 +58,36 @@ def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl
 
 @triton.jit
 def pre_dots_kernel(
-    grad_ptr, x_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr
+    grad_ptr, x_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr,
+    INNER: tl.constexpr,
 ) -> None:
     """Program: one token, dh_pre_i = <du, X_i>."""
     BC: tl.constexpr = LANES * INNER
     MASKED: tl.constexpr = C % BC != 0
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
-    dp = ()
-    for _ in tl.static_range(N):
-        dp = dp + (tl.zeros((LANES,), dtype=tl.float32),)
+    dp = zeros(NP, LANES)
     for block in tl.static_range((C + BC - 1) // BC):
         offsets = block * BC + lanes
         mask = offsets < C
         g = load_row(grad_ptr, token * C, offsets, mask, MASKED)
         new = ()
-        for i in tl.static_range(N):
-            x = load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
-            new = new + (dp[i] + tl.sum(g * x, axis=1),)
+        for i in tl.static_range(NP):
+            if i < N:
+                x = load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
+                new = new + (dp[i] + tl.sum(g * x, axis=1),)
+            else:
+                new = new + (dp[i],)
         dp = new
-    for i in tl.static_range(N):
-        tl.store(out_ptr + token * N + i, tl.sum(dp[i], axis=0).to(out_ptr.dtype.element_ty))
+    stream = places(NP)
+    sums = tl.sum(side_by_side(dp), axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * N + stream, sums, mask=stream < N)
+
+
+def dots_config(width: int) -> dict[str, int]:
+    """Two warps a token."""
+    lanes = 64 if width >= 512 else 32
+    return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
 
 
 @kernel_op("pre")
@@ -112,7 +124,7 @@ def dots(grad: Tensor, streams: Tensor, h_pre: Tensor) -> Tensor:
     tokens, n, width = x.shape
     out = h_pre.new_empty(h_pre.shape)
     if nonempty(tokens):
-        launch(pre_dots_kernel, (tokens,), g, x, out, C=width, N=n, **dots_config(width))
+        launch(pre_dots_kernel, (tokens,), g, x, out, C=width, N=n, NP=triton.next_power_of_2(n), **dots_config(width))
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile import ops
-from mhc_compile.lowering import boundary, coefficients, launch, post, pre, sinkhorn
+from mhc_compile.lowering import boundary, coefficients, launch, post, pre, pre_norm, sinkhorn
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 
 CASES = [
@@ -98,6 +98,44 @@ def test_pre(n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> N
     check(pre.forward(x, p), ops.pre.native(double(x), double(p)), RMS[dtype])
     want = ops.pre.native_backward(double(du), double(x), double(p), [True, True])
     check(pre.backward(du, x, p, [True, True]), want, RMS[dtype])
+
+
+NORMS = {
+    "llama": ("rms", 0.0, True, True, False),
+    "gemma": ("rms", 1.0, False, True, False),
+    "plain": ("rms", 0.0, False, False, False),
+    "layer": ("layer", 0.0, False, True, True),
+}
+"""Name -> kind, offset, round_first, has a weight, has a bias."""
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [*CASES, (4, 300, torch.bfloat16, (19,))])
+@pytest.mark.parametrize("which", list(NORMS))
+def test_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    kind, offset, round_first, weighted, biased = NORMS[which]
+    x, p, g = torch.randn(*lead, n, width).to(dtype), torch.randn(*lead, n), torch.randn(*lead, width).to(dtype)
+    weight = (torch.randn(width) * 0.3 + 1 - offset).to(dtype) if weighted else None
+    bias = torch.randn(width).to(dtype) if biased else None
+    attributes = (kind, 1e-5, offset, round_first)
+    out, statistics = pre_norm.forward(x, p, weight, bias, *attributes)
+    want = ops.pre_norm.native(double(x), double(p), double(weight), double(bias), *attributes)
+    check(out, want[0], 2 * RMS[dtype])  # u, z and the result are rounded one after the other
+    check(statistics, want[1], RMS[dtype])
+    needs = [True, True, weighted, biased]
+    got = pre_norm.backward(g, x, p, weight, bias, statistics, *attributes, needs)
+    tensors = tuple(map(double, (g, x, p, weight, bias, want[1])))
+    want = ops.pre_norm.native_backward(*tensors, *attributes, needs)
+    if n == 1:  # a norm forgets the scale of its input: dh_pre is what rounding leaves of zero
+        assert float(got[1].abs().max()) <= RMS[dtype] * float(x.double().norm() * g.double().norm())
+        got, want = (got[0], *got[2:]), (want[0], *want[2:])
+    check(got, want, 2 * RMS[dtype])
+
+
+def test_pre_norm_without_what_nobody_needs() -> None:
+    x, p, g = torch.randn(3, 4, 32), torch.randn(3, 4), torch.randn(3, 32)
+    _, statistics = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
+    got = pre_norm.backward(g, x, p, None, None, statistics, "rms", 1e-5, 0.0, False, [True, False, False, False])
+    assert [value.numel() for value in got] == [x.numel(), 0, 0, 0]
 
 
 SPECS = {

@@ -11,18 +11,16 @@ pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs Triton's compi
 
 
 def test_both() -> None:
-    from mhc_compile.lowering import post, pre
+    from mhc_compile.lowering import pre
 
     pointers = {"x_ptr": BF16, "pre_ptr": FP32, "out_ptr": BF16}
     forward = compile_for_hopper(pre.pre_kernel, pointers, {}, {"C": WIDTH, "N": 4, "BC": 1024}, num_warps=4)
     assert (forward.stack, forward.ptx.count("ld.global.v4")) == (0, 4)
-    config = post.dots_config(WIDTH)
+    config = pre.dots_config(WIDTH)
     warps = config.pop("num_warps")
     pointers = {"grad_ptr": BF16, "x_ptr": BF16, "out_ptr": FP32}
-    assert (
-        compile_for_hopper(pre.pre_dots_kernel, pointers, {}, {"C": WIDTH, "N": 4, **config}, num_warps=warps).stack
-        == 0
-    )
+    constants = {"C": WIDTH, "N": 4, "NP": 4, **config}
+    assert compile_for_hopper(pre.pre_dots_kernel, pointers, {}, constants, num_warps=warps).stack == 0
 
 
 def test_refusals() -> None:

@@ -1,0 +1,344 @@
+"""pre with the norm of the branch input: the mix, its statistics and the norm in one pass, and the backward of both.
+
+Forward: one program a token; the mixed row stays in registers between its statistics and its norm. Backward: a program
+takes a few tokens one after another, so that the gradient of the weight is summed in registers; a row of X is read once
+and serves the rebuilt u, the norm's sums and the dot products. Partial sums of the weight are added in a fixed order:
+no atomics, deterministic.
+Traffic, n = 4: forward n + 1 = 5 u; backward (read dout, X; write du) n + 2 = 6 u. dX is left to `boundary`.
+"""
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import (
+    FLOATS,
+    STREAMS,
+    by_token,
+    kernel_op,
+    launch,
+    load_row,
+    load_scalars,
+    nonempty,
+    places,
+    side_by_side,
+    stages_of,
+    store_row,
+    zeros,
+)
+
+MAX_WIDTH = 16384
+"""A row lies in the registers of one program; wider ones would spill."""
+TOKENS = 16
+"""Tokens of a program of the backward: one row of partial weight gradients each."""
+
+
+def refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Why no kernel takes this `mhc::pre_norm` call; empty if one does."""
+    if any(value is not None and value.dtype not in FLOATS for value in (x, weight, bias)):
+        return f"dtype {x.dtype}"
+    if x.shape[-2] not in STREAMS:
+        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
+    if not isinstance(x.shape[-1], int):
+        return "symbolic hidden size"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"hidden size {x.shape[-1]}, a row of at most {MAX_WIDTH} fits a program"
+    return ""
+
+
+@triton.jit
+def mixed(xs, p, N: tl.constexpr) -> tl.tensor:
+    """sum_i p_i X_i of one block, rounded to the streams' dtype as `mhc::pre` rounds it, in float32."""
+    total = p[0] * xs[0].to(tl.float32)
+    for i in tl.static_range(1, N):
+        total += p[i] * xs[i].to(tl.float32)
+    return total.to(xs[0].dtype).to(tl.float32)
+
+
+@triton.jit
+def load_raw(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
+    """One row of channels in its own dtype."""
+    if MASKED:
+        value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
+    else:
+        value = tl.load(pointer + start + offsets)
+    return value
+
+
+@triton.jit
+def pre_norm_kernel(
+    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
+    LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: one token."""
+    MASKED: tl.constexpr = C % BC != 0
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    token = tl.program_id(0).to(tl.int64)
+    p = load_scalars(pre_ptr + token * N, N)
+    lanes = tl.arange(0, BC)
+    us = ()
+    total = tl.zeros((BC,), dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        xs = ()
+        for i in tl.static_range(N):
+            xs = xs + (load_raw(x_ptr, (token * N + i) * C, block * BC + lanes, block * BC + lanes < C, MASKED),)
+        u = mixed(xs, p, N)
+        us = us + (u,)
+        total += u if LAYER else u * u
+    mean = 0.0
+    squares = tl.sum(total, axis=0)
+    if LAYER:
+        mean = squares / C
+        total = tl.zeros((BC,), dtype=tl.float32)
+        for block in tl.static_range(BLOCKS):
+            centred = us[block] - mean
+            if MASKED:
+                centred = tl.where(block * BC + lanes < C, centred, 0.0)
+            total += centred * centred
+        squares = tl.sum(total, axis=0)
+        tl.store(statistics_ptr + token * 2, mean)
+    inverse = 1.0 / tl.sqrt(squares / C + EPS)
+    tl.store(statistics_ptr + token * (2 if LAYER else 1) + (1 if LAYER else 0), inverse)
+    for block in tl.static_range(BLOCKS):
+        offsets = block * BC + lanes
+        z = (us[block] - mean) * inverse
+        if ROUND:
+            z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
+        if WEIGHT:
+            z *= load_row(weight_ptr, 0, offsets, offsets < C, MASKED) + OFFSET
+        if BIAS:
+            z += load_row(bias_ptr, 0, offsets, offsets < C, MASKED)
+        store_row(out_ptr, token * C, offsets, z, offsets < C, MASKED)
+
+
+@triton.jit
+def accumulated(totals, factor, xs, N: tl.constexpr) -> tl.tensor:
+    """totals_i + factor X_i, for the N streams of one block; padding stays as it is."""
+    new = ()
+    for i in tl.static_range(len(totals)):
+        if i < N:
+            new = new + (totals[i] + factor * xs[i].to(tl.float32),)
+        else:
+            new = new + (totals[i],)
+    return new
+
+
+@triton.jit
+def pre_norm_backward_kernel(
+    grad_ptr, x_ptr, pre_ptr, weight_ptr, statistics_ptr, du_ptr, d_pre_ptr, d_weight_ptr, d_bias_ptr, tokens,
+    C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BC: tl.constexpr, TOKENS: tl.constexpr, LAYER: tl.constexpr,
+    OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr, NEED_PRE: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: TOKENS tokens, one after another.
+
+    du = inverse (g w - m0 - z m1), m0 = mean(g w) (LayerNorm only), m1 = mean(g w z);
+    dh_pre_i = <du, X_i> = inverse (<g w, X_i> - m0 sum(X_i) - m1 <z, X_i>), so that X is seen once, before m1 is known;
+    dweight = sum of g z, dbias = sum of g, of this program's tokens.
+    """
+    MASKED: tl.constexpr = C % BC != 0
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    program = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BC)
+    d_weights = zeros(BLOCKS, BC)
+    d_biases = zeros(BLOCKS, BC)
+    for step in tl.range(0, TOKENS, 1, num_stages=STAGES):
+        here = program * TOKENS + step
+        there = here < tokens
+        token = tl.minimum(here, tokens - 1)
+        p = load_scalars(pre_ptr + token * N, N)
+        mean = tl.load(statistics_ptr + token * 2) if LAYER else 0.0
+        inverse = tl.load(statistics_ptr + token * (2 if LAYER else 1) + (1 if LAYER else 0))
+        inner = tl.zeros((BC,), dtype=tl.float32)
+        outer = tl.zeros((BC,), dtype=tl.float32)
+        by_g = zeros(NP, BC)
+        by_z = zeros(NP, BC)
+        by_one = zeros(NP, BC)
+        zs = ()
+        gs = ()
+        new_weights = ()
+        new_biases = ()
+        for block in tl.static_range(BLOCKS):
+            offsets = block * BC + lanes
+            inside = offsets < C
+            xs = ()
+            for i in tl.static_range(N):
+                xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, inside, MASKED),)
+            g = tl.load(grad_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
+            z = (mixed(xs, p, N) - mean) * inverse
+            if NEED_WEIGHT:
+                seen = z
+                if ROUND:
+                    seen = z.to(x_ptr.dtype.element_ty).to(tl.float32)
+                new_weights = new_weights + (d_weights[block] + g * seen,)
+            if NEED_BIAS:
+                new_biases = new_biases + (d_biases[block] + g,)
+            if WEIGHT:
+                g *= load_row(weight_ptr, 0, offsets, inside, MASKED) + OFFSET
+            inner += g * z
+            if LAYER:
+                outer += g
+            if NEED_PRE:
+                by_g = accumulated(by_g, g, xs, N)
+                by_z = accumulated(by_z, z, xs, N)
+                if LAYER:
+                    by_one = accumulated(by_one, 1.0, xs, N)
+            zs = zs + (z,)
+            gs = gs + (g,)
+        if NEED_WEIGHT:
+            d_weights = new_weights
+        if NEED_BIAS:
+            d_biases = new_biases
+        m1 = tl.sum(inner, axis=0) / C
+        m0 = 0.0
+        if LAYER:
+            m0 = tl.sum(outer, axis=0) / C
+        if NEED_PRE:
+            sums = tl.sum(side_by_side(by_g), axis=0) - m1 * tl.sum(side_by_side(by_z), axis=0)
+            if LAYER:
+                sums -= m0 * tl.sum(side_by_side(by_one), axis=0)
+            stream = places(NP)
+            d_pre = (sums * inverse).to(d_pre_ptr.dtype.element_ty)
+            tl.store(d_pre_ptr + token * N + stream, d_pre, mask=(stream < N) & there)
+        for block in tl.static_range(BLOCKS):
+            offsets = block * BC + lanes
+            du = (gs[block] - m0 - zs[block] * m1) * inverse
+            tl.store(du_ptr + token * C + offsets, du.to(du_ptr.dtype.element_ty), mask=(offsets < C) & there)
+    for block in tl.static_range(BLOCKS):
+        offsets = block * BC + lanes
+        if NEED_WEIGHT:
+            tl.store(d_weight_ptr + program * C + offsets, d_weights[block], mask=offsets < C)
+        if NEED_BIAS:
+            tl.store(d_bias_ptr + program * C + offsets, d_biases[block], mask=offsets < C)
+
+
+def config(width: int) -> dict[str, int]:
+    """Block of channels and warps: 4 neighbouring channels a thread, at most 8 blocks of a row."""
+    warps = 1
+    while warps < 16 and width > warps * 32 * 20:
+        warps *= 2
+    block = max(128, warps * 128)
+    while -(-width // block) > 8:
+        block *= 2
+    return {"BC": min(block, triton.next_power_of_2(max(width, 16))), "num_warps": warps}
+
+
+def backward_config(x: Tensor) -> dict[str, int]:
+    """As forward; the next token is loaded while this one is summed, where its row fits the shared memory."""
+    row = (x.shape[1] + 1) * x.shape[2] * x.element_size()
+    return {**config(x.shape[2]), "STAGES": stages_of(x.device, row, 2)}
+
+
+def columns(kind: str) -> int:
+    """Numbers a token that the backward needs: rstd, before it the mean of a LayerNorm."""
+    return 2 if kind == "layer" else 1
+
+
+@kernel_op("pre_norm")
+def forward(
+    streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
+    round_first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The arguments of `mhc::pre_norm` -> (out [..., C], statistics [..., 1 or 2]), by the kernel."""
+    x, p = by_token(streams, 2), by_token(h_pre, 1)
+    tokens, n, width = x.shape
+    out = x.new_empty((tokens, width))
+    statistics = torch.empty((tokens, columns(kind)), dtype=torch.float32, device=x.device)
+    if nonempty(tokens):
+        launch(
+            pre_norm_kernel, (tokens,), x, p, x if weight is None else weight.contiguous(),
+            x if bias is None else bias.contiguous(), out, statistics, C=width, N=n, LAYER=kind == "layer", EPS=eps,
+            OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, BIAS=bias is not None, **config(width),
+        )  # fmt: skip
+    batch = streams.shape[:-2]
+    return out.view(*batch, width), statistics.view(*batch, columns(kind))
+
+
+@forward.register_fake
+def _(
+    streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
+    round_first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch = streams.shape[:-2]
+    return (
+        streams.new_empty((*batch, streams.shape[-1])),
+        streams.new_empty((*batch, columns(kind)), dtype=torch.float32),
+    )
+
+
+@kernel_op("pre_norm_dots")
+def dots(
+    grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
+    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dout [..., C] -> (du [..., C], dh_pre [..., n], and partial sums [P, C] of dweight and of dbias, float32, to be
+    summed over P); what is not needed is empty."""
+    g, x, p, s = by_token(grad, 1), by_token(streams, 2), by_token(h_pre, 1), by_token(statistics, 1)
+    tokens, n, width = x.shape
+    programs = triton.cdiv(tokens, TOKENS)
+    du = x.new_empty((tokens, width))
+    d_pre = h_pre.new_empty(h_pre.shape if need_pre else 0)
+    d_weight = s.new_empty((programs, width) if need_weight else 0)
+    d_bias = s.new_empty((programs, width) if need_bias else 0)
+    if nonempty(tokens):
+        launch(
+            pre_norm_backward_kernel, (programs,), g, x, p, x if weight is None else weight.contiguous(), s, du, d_pre,
+            d_weight, d_bias, tokens, C=width, N=n, NP=triton.next_power_of_2(n), TOKENS=TOKENS,
+            LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
+            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(x),
+        )  # fmt: skip
+    return du.view(*streams.shape[:-2], width), d_pre, d_weight, d_bias
+
+
+@dots.register_fake
+def _(
+    grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
+    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    programs = (statistics.numel() // columns(kind) + TOKENS - 1) // TOKENS
+    width = streams.shape[-1]
+    return (
+        streams.new_empty((*streams.shape[:-2], width)),
+        h_pre.new_empty(h_pre.shape if need_pre else 0),
+        statistics.new_empty((programs, width) if need_weight else 0),
+        statistics.new_empty((programs, width) if need_bias else 0),
+    )
+
+
+def pieces(
+    grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor,
+    kind: str, eps: float, offset: float, round_first: bool, needs: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The arguments of `mhc::pre_norm_backward` -> (its four results, the first empty; then du, from which
+    `streams_backward` makes the first). Traced into the graph."""
+    du, d_pre, d_weight, d_bias = torch.ops.mhc_kernel.pre_norm_dots.default(
+        grad, streams, h_pre, weight, statistics, kind, offset, round_first, bool(needs[1]),
+        bool(needs[2] and weight is not None), bool(needs[3] and bias is not None),
+    )  # fmt: skip
+    results = [streams.new_empty(0), d_pre]
+    for parameter, partial, needed in ((weight, d_weight, needs[2]), (bias, d_bias, needs[3])):
+        like = streams if parameter is None else parameter
+        results.append(partial.sum(0).to(like.dtype) if needed and parameter is not None else like.new_empty(0))
+    return (*results, du)
+
+
+def backward(*args: Any) -> tuple[Tensor, ...]:
+    """The arguments of `mhc::pre_norm_backward` -> its results (traced into the graph)."""
+    *results, du = pieces(*args)
+    streams, h_pre, needs = args[1], args[2], args[10]
+    if needs[0]:
+        results[0] = torch.ops.mhc_kernel.streams_backward.default(
+            streams, None, None, False, du, h_pre, None, None, None
+        )
+    return tuple(results)

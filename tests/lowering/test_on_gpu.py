@@ -1,0 +1,83 @@
+"""The kernels on a device: interpreted_cases.py, a compiled site of any length, more than 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mhc_compile import ops
+from mhc_compile.compat import triton_version
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() and triton_version()), reason="needs a CUDA device and Triton"),
+]
+
+if torch.cuda.is_available() and triton_version():
+    from tests.lowering import interpreted_cases
+
+    cases = {name: value for name, value in vars(interpreted_cases).items() if name.startswith("test_")}
+    del cases["test_the_interpreter_is_on"]
+    globals().update(cases)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        yield
+
+
+def site(x: Any, phi: Any, bias: Any, alpha: Any, weight: Any) -> Any:
+    spec = ops.CoefficientSpec(streams=x.shape[-2]).op_arguments()
+    pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **spec)
+    y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", 1e-6, 0.0, True)
+    return torch.ops.mhc.post.default(x, y, post, res, False)
+
+
+@pytest.mark.parametrize("mode", ["plain", "cudagraphs"])
+def test_compiled_site_for_every_length(mode: str) -> None:
+    """One compile serves all lengths from 2 on; 0 and 1 have their own. Against the native bodies in float64."""
+    from mhc_compile.config import Options
+    from mhc_compile.lowering.base import LoweringLog
+    from mhc_compile.lowering.inductor import config_patches
+
+    log = LoweringLog()
+    patches: Any = config_patches(Options(), log) | {"triton.cudagraphs": mode == "cudagraphs"}
+    compiled = torch.compile(site, fullgraph=True, options=patches)
+    n, width = 4, 384
+    parameters = [torch.randn(24, n * width) * 0.05, torch.randn(24), torch.full((1,), 0.4), torch.randn(width)]
+    for tokens in (64, 7, 1, 0, 3000):
+        x = torch.randn(2, tokens, n, width).to(torch.bfloat16)
+        torch._dynamo.mark_dynamic(x, 1) if tokens > 1 else None
+        results = []
+        for function, dtype in ((site, torch.float64), (compiled, None)):
+            leaves = [value.to(dtype or value.dtype).requires_grad_() for value in (x, *parameters[:3])]
+            weight = parameters[3].to(torch.bfloat16).to(dtype or torch.bfloat16).requires_grad_()
+            for _ in range(3):  # the second call records a CUDA graph, the third replays it
+                torch.compiler.cudagraph_mark_step_begin()
+                out = function(*leaves, weight)
+                gradients = torch.autograd.grad(out.double().square().sum(), [*leaves, weight])
+            results.append([value.double().clone() for value in (out, *gradients)])
+        for exact, got in zip(*results, strict=True):
+            assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), tokens
+    assert {entry.provider for entry in log.entries} <= {"triton", "fused"}, log.entries
+
+
+def test_more_than_2_31_elements() -> None:
+    from mhc_compile.lowering import post, pre, pre_norm
+
+    tokens, n, width = 70_000, 8, 4096
+    x = torch.ones(tokens, n, width, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-1] = 3.0
+    gate, mix = torch.full((tokens, n), 1 / n), torch.eye(n).expand(tokens, n, n).contiguous()
+    assert pre.forward(x, gate)[-2:, 0].tolist() == [1.0, 3.0]
+    assert pre_norm.forward(x, gate, None, None, "rms", 0.0, 0.0, False)[1][-2:].flatten().tolist() == [1.0, 1 / 3]
+    out = post.forward(x, x[:, 0], gate, mix, False)
+    assert out[-2:, -1, -1].tolist() == [1.125, 3.375]
+    got = post.dots(x, x, x[:, 0].contiguous(), gate, mix, False, True)
+    assert got[1][-2:, 0].tolist() == [float(width), 9.0 * width]

@@ -1,0 +1,53 @@
+"""pre_norm's kernels compiled for sm_90, and who takes the op. Their numbers: interpreted_cases.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.lowering.hopper import BF16, FP32, TOKENS, WIDTH, compile_for_hopper, compiler_missing
+
+pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs Triton's compiler")
+
+ATTRIBUTES = {"N": 4, "LAYER": False, "OFFSET": 0.0, "ROUND": True, "WEIGHT": True}
+
+
+@pytest.mark.parametrize("width", [WIDTH, 2560])
+def test_registers(width: int) -> None:
+    from mhc_compile.lowering import pre_norm
+
+    config = pre_norm.config(width)
+    warps = config.pop("num_warps")
+    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), BF16)
+    pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr"), FP32)
+    constants = {"C": width, "EPS": 1e-6, "BIAS": False, **ATTRIBUTES, **config}
+    made = compile_for_hopper(pre_norm.pre_norm_kernel, pointers, {}, constants, num_warps=warps)
+    assert made.stack == 0
+    assert made.registers <= 64, "forward: many programs a multiprocessor hide the loads of each other"
+
+    config = pre_norm.backward_config(torch.empty(1, 4, width, dtype=torch.bfloat16))
+    warps = config.pop("num_warps")
+    pointers = dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "du_ptr"), BF16)
+    pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr", "d_pre_ptr", "d_weight_ptr", "d_bias_ptr"), FP32)
+    constants = {"C": width, "NP": 4, "TOKENS": 16, **ATTRIBUTES, **config}
+    constants |= {"NEED_PRE": True, "NEED_WEIGHT": True, "NEED_BIAS": False}
+    made = compile_for_hopper(pre_norm.pre_norm_backward_kernel, pointers, TOKENS, constants, num_warps=warps)
+    assert made.stack == 0
+    assert "cp.async" in made.ptx, "the next token is loaded while this one is summed"
+
+
+def test_refusals() -> None:
+    from mhc_compile.lowering import pre_norm
+
+    x = torch.ones(2, 4, 8)
+    assert pre_norm.refusal(x, None, None) == ""
+    assert "float64" in pre_norm.refusal(x.double(), None, None)
+    assert "5 streams" in pre_norm.refusal(torch.ones(2, 5, 8), None, None)
+    assert "16384" in pre_norm.refusal(torch.ones(1, 4, 20000), None, None)
+
+
+def test_a_wide_row_does_not_run_ahead() -> None:
+    from mhc_compile.lowering import pre_norm
+
+    assert pre_norm.backward_config(torch.empty(1, 4, 4096, dtype=torch.bfloat16))["STAGES"] == 2
+    assert pre_norm.backward_config(torch.empty(1, 8, 16384))["STAGES"] == 1
