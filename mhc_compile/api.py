@@ -105,9 +105,14 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: dict[str, Any], *, c
             where=_break_place(error),
             cure="call it once without torch.compile on the same inputs; what is wrong there is wrong here",
         ) from error
-    if not outcome:
+    finally:
+        # Dynamo keeps each backend that it has seen, and ours would keep the model.
+        results = [*outcome]
+        outcome.clear()
+        wrapped.clear()
+    if not results:
         raise FragmentError("Dynamo captured no graph of the model", cure="check that the inputs reach its layers")
-    result = outcome[-1]
+    result = results[-1]
     if isinstance(result, MhcError):
         raise result
     return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -153,3 +155,15 @@ def test_other_sizes_than_the_first_call(look: Any) -> None:
     look(model, ids(4, 9))
     torch.compile(model, backend=backend)(ids(2, 6))
     assert graphs == [False, True], "what real calls have shown is remembered"
+
+
+@pytest.mark.parametrize("look", [mhc_compile.prepare, mhc_compile.explain])
+def test_the_model_is_let_go(look: Any) -> None:
+    """Dynamo keeps the backends that it has seen; the one of a look at a model must not keep the model."""
+    model = tiny(layers=1)
+    seen = weakref.ref(model)
+    look(model, ids())
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert seen() is None

@@ -212,7 +212,7 @@ class SiteParameters:
         for root, _, owner, name, module in sorted(self.fresh, key=lambda entry: registration_order(entry[3])):
             module.train(owner.training)
             owner.add_module(name, module)
-            marker.mark(root, self.options)
+            marker.mark(root, self.options.streams, self.options.variant)
         for target in self._guarded:
             guard.install(target)
         roots = {id(root): root for root, *_ in self.fresh}

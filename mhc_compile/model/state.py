@@ -236,6 +236,4 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 def _mark_live(model: nn.Module) -> None:
     first = next(hyper_connections(model), None)
     if first is not None:
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "to_json_string"):
-            config.mhc = marker.LiveMarker(streams=first[1].spec.streams, variant=first[1].variant)
+        marker.mark(model, first[1].spec.streams, first[1].variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mhc_compile
-from mhc_compile.config import Options
 from mhc_compile.errors import CheckpointError
 from mhc_compile.model import hyper_connections, marker
 from tests.tiny import compiled
@@ -86,12 +86,41 @@ def test_to_plain_takes_the_note_off(tmp_path: Path) -> None:
     mhc_compile.prepare(transformers.LlamaForCausalLM.from_pretrained(tmp_path), {"input_ids": IDS})
 
 
+def test_to_plain_of_one_leaves_the_note_of_another(tmp_path: Path) -> None:
+    """Models made from one config object share it; the note goes with the last of them that is converted."""
+    first, other = llama(), nn.Module()
+    second = llama(first.config)
+    assert second.config is first.config
+    for model in (first, second):
+        mhc_compile.prepare(model, {"input_ids": IDS})
+    other.config = first.config  # shares the config, was never converted
+    mhc_compile.to_plain(first)
+    second.save_pretrained(tmp_path)
+    assert "mhc" in json.loads((tmp_path / "config.json").read_text())
+    mhc_compile.prepare(first, {"input_ids": IDS})  # no alarm: the note is not from a file
+    mhc_compile.to_plain(first)
+    mhc_compile.to_plain(second)
+    assert not hasattr(first.config, "mhc")
+
+
+def test_the_note_does_not_keep_a_model_alive() -> None:
+    first = llama()
+    second = llama(first.config)
+    for model in (first, second):
+        mhc_compile.prepare(model, {"input_ids": IDS})
+    del model, first
+    torch._dynamo.reset()
+    gc.collect()
+    mhc_compile.to_plain(second)
+    assert not hasattr(second.config, "mhc")
+
+
 def test_models_without_such_a_config() -> None:
     """Anything may be called ``config``."""
     model = nn.Linear(2, 2)
     for config in (None, {"mhc": 1}, "text", 3):
         model.config = config
-        marker.mark(model, Options())
+        marker.mark(model, 4, "mhc")
         assert model.config == config
         assert not marker.is_from_checkpoint(model)
         marker.unmark(model)
