@@ -80,9 +80,18 @@ def mhc(
 
 
 def _warn_of_pieces(conversion: Conversion) -> None:
-    """A piece of a broken model may be compiled as it is, but not in silence if it held residual adds."""
+    """A piece of a broken model may be compiled as it is, but not in silence if it held residual adds, or may have."""
     adds = [refusal for refusal in conversion.report.left_alone if refusal.what == "residual add"]
-    if adds:
+    pieces = [refusal for refusal in conversion.report.left_alone if refusal.what == "piece"]
+    if pieces:
+        warnings.warn(
+            NotConvertedWarning(
+                f"{pieces[0].reason}; what is added between the pieces is in no graph and stays as it is",
+                cure="torch.compile(model, fullgraph=True) shows what breaks the graph",
+            ),
+            stacklevel=3,
+        )
+    elif adds:
         warnings.warn(
             NotConvertedWarning(
                 f"a piece of the model around a graph break has no residual chain of its own: {adds[0].reason}",

@@ -16,7 +16,7 @@ from torch import fx
 from mhc_compile import compat
 from mhc_compile.capture import ModuleMap, copy_graph, functionalize, inline_checkpoints
 from mhc_compile.capture.checkpoints import checkpoint_nodes
-from mhc_compile.capture.frames import enclosing_modules, is_transparent
+from mhc_compile.capture.frames import enclosing_modules, is_running, is_transparent
 from mhc_compile.config import Resolved
 from mhc_compile.errors import FragmentError, MhcError, NoSiteError, WrappedModelError
 from mhc_compile.model import SiteParameters, hyper_connections
@@ -66,7 +66,11 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
     functionalize(copy)
     modules = ModuleMap(copy, scope, example_inputs)
     callers = enclosing_modules(modules.roots)
-    inside = next((type(m).__name__ for m in callers if not is_transparent(m)), "")
+    resumed = compat.is_resume_frame()
+    outer = [m for m in callers if not is_transparent(m)]
+    if not resumed and _is_helper() and is_running(modules.roots):
+        outer = [*modules.roots, *outer]
+    inside = type(outer[0]).__name__ if outer else ""
     parameters = SiteParameters(copy, modules, options)
     ctx = PassContext(
         options=options,
@@ -75,8 +79,9 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
         is_parameter=modules.is_parameter,
         is_buffer=modules.is_buffer,
         break_reason=compat.break_reason(gm),
-        resumed=compat.is_resume_frame(),
+        resumed=resumed,
         inside=inside,
+        callers=outer,
     )
     report = make_report(", ".join(type(root).__name__ for root in modules.roots) or "function", resolved)
     try:
@@ -84,6 +89,12 @@ def convert(gm: fx.GraphModule, example_inputs: Sequence[Any], resolved: Resolve
     except MhcError as error:
         error.report = report  # what was looked at before the refusal: `explain` shows it
         raise
+
+
+def _is_helper() -> bool:
+    """True for the frame of a method other than ``forward``."""
+    translator = compat.current_translator()
+    return translator is not None and translator.f_code.co_name != "forward"
 
 
 def _convert(

@@ -37,6 +37,8 @@ class SiteRow:
     shape: str
     parameters: str
     """Qualified name of the site's hyper-connection."""
+    gradient: bool = True
+    """False for a site that runs under ``no_grad``, whose hyper-connection stays at its start."""
 
 
 @dataclasses.dataclass
@@ -192,7 +194,9 @@ def make_report(model: str, resolved: Resolved) -> CompileReport:
 def site_rows(chains: list[ResidualChain], names: dict[int, str]) -> list[SiteRow]:
     """Rows of the widened chains; ``names`` maps id(site) to its hyper-connection's qualified name."""
     return [
-        SiteRow(chain.index, index, site.module, site.kind, site.where, _shape(site), names.get(id(site), ""))
+        SiteRow(
+            chain.index, index, site.module, site.kind, site.where, _shape(site), names.get(id(site), ""), site.learns
+        )
         for chain in chains
         for index, site in enumerate(chain.sites)
         if id(site) in names

@@ -91,3 +91,56 @@ def test_a_piece_without_a_chain_is_compiled_and_said() -> None:
     with pytest.warns(NotConvertedWarning, match=r"post-norm[\s\S]*test_fragments\.py"):
         compiled(model)(tokens())
     assert names(model) == []
+
+
+def test_break_in_front_of_the_first_layer() -> None:
+    """What has run before is known: an embedding in a graph of ours, and no layer."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        torch._dynamo.graph_break()
+        return m.head(m.second(m.first(x)))
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Lambda(forward, embed=nn.Linear(3, WIDTH), first=Block(), second=Block(), head=Mlp())
+
+    model = build()
+    torch.testing.assert_close(compiled(model)(tokens()), build()(tokens()), rtol=1e-5, atol=1e-6)
+    assert names(model) == ["first.mhc0", "first.mhc1", "second.mhc0", "second.mhc1"]
+
+
+def test_break_inside_the_first_layer() -> None:
+    """The second layer comes whole behind the break, but not what has run before it."""
+
+    class Breaking(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.attn(x)
+            torch._dynamo.graph_break()
+            return x + h
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.second(m.first(m.embed(x))))
+
+    model = Lambda(forward, embed=nn.Linear(3, WIDTH), first=Breaking(), second=Block(), head=Mlp())
+    with pytest.raises(FragmentError, match="cut"), pytest.warns(NotConvertedWarning, match="runs in pieces"):
+        compiled(model)(tokens())
+    assert names(model) == []
+
+
+def test_a_helper_of_a_forward_that_runs_uncompiled() -> None:
+    """Dynamo gives ``forward`` up and compiles the helper: no reason to say that the model has no residual add."""
+
+    class Model(Lambda):
+        def start(self, x: Tensor) -> Tensor:
+            return self.embed(x)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            x = m.start(x)
+        return m.head(m.first(x))
+
+    model = Model(forward, embed=nn.Linear(3, WIDTH), first=Block(), head=Mlp())
+    with pytest.raises(FragmentError, match="one piece of a Model"), pytest.warns(NotConvertedWarning):
+        compiled(model)(tokens())

@@ -30,6 +30,21 @@ def enclosing_modules(roots: list[nn.Module]) -> list[nn.Module]:
     return found
 
 
+def is_running(roots: list[nn.Module]) -> bool:
+    """True when a method of one of ``roots`` is running uncompiled and has called the frame that Dynamo compiles.
+
+    That is what is left of a ``forward`` that Dynamo has given up: the helper methods it calls are compiled one by one.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        first = code.co_varnames[:1] == ("self",) and not frame.f_globals.get("__name__", "").startswith("torch.")
+        if first and any(frame.f_locals.get("self") is root for root in roots):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_transparent(module: nn.Module) -> bool:
     """True for a wrapper around one whole model: ``torch.compile``'s, DataParallel's and the like."""
     return hasattr(module, "_orig_mod") or type(module).__name__ in ("DistributedDataParallel", "DataParallel")

@@ -5,9 +5,10 @@ from mhc_compile.passes.find_sites import find_sites
 from mhc_compile.passes.fragment import check_fragment
 from mhc_compile.passes.raise_chains import raise_chains
 from mhc_compile.passes.recompute import recompute
+from mhc_compile.passes.respell import respell
 from mhc_compile.passes.widen import widen
 
-ORDER: tuple[Pass, ...] = (raise_chains, find_sites, check_fragment, widen, recompute)
+ORDER: tuple[Pass, ...] = (raise_chains, respell, find_sites, check_fragment, widen, recompute)
 """THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds; then
 what is kept of all of them for the backward."""
 

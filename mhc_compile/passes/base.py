@@ -16,6 +16,8 @@ from torch import fx
 from mhc_compile.config import Options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mhc_compile.capture.modules import ModuleMap
     from mhc_compile.passes.sites import ResidualChain, ResidualSite
 
@@ -79,6 +81,8 @@ class PassContext:
     """True when the graph continues a frame that a graph break has cut."""
     inside: str = ""
     """Name of a larger module in whose call this graph was compiled on its own; empty if there is none."""
+    callers: Sequence[nn.Module] = ()
+    """The modules in whose call the graph was compiled on its own, innermost first."""
     chains: Sequence[ResidualChain] = ()
     """Filled by ``find_sites``, consumed by ``widen``."""
 

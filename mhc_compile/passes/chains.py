@@ -35,6 +35,8 @@ def assemble(sites: list[ResidualSite], ctx: PassContext) -> tuple[list[Residual
         reason = next((r for other in kept if (r := _nested(path, other))), "")
         if not reason and _is_piece(path, cuts):
             reason = _cut_reason(path[0] if path[0].after_norm is not None else cuts[path[-1]])
+        if not reason and len(path) == 1 and path[0].from_constant:
+            reason = "something is added to learned queries and no stream of theirs goes on behind it"
         if reason:
             reasons.update(dict.fromkeys(path, reason))
         else:
@@ -67,11 +69,13 @@ def _drop_long_skips(sites: list[ResidualSite], reasons: Reasons) -> None:
         """Sites one after another from ``site`` on within the branch of ``outer``."""
         return 1 + max((inside(child, outer) for child in children[site] if child.add in outer.branch), default=0)
 
+    by_add: dict[object, ResidualSite] = {site.add: site for site in sites}
     for outer in sites:
-        for site in children[_state(outer)]:
-            if site is not outer and site.add in outer.branch and inside(site, outer) >= 2:
-                reasons[outer] = f"long skip around {inside(site, outer)} residual adds of its own stream"
-                break
+        states = [_state(outer), *outer.images, *(by_add[node] for node in outer.images if node in by_add)]
+        starts = [site for state in states for site in children.get(state, ())]
+        around = max((inside(s, outer) for s in starts if s is not outer and s.add in outer.branch), default=0)
+        if around >= 2:
+            reasons[outer] = f"long skip around {around} residual adds of its own stream"
     for site in sites:
         if site.parent in reasons:
             site.parent, site.entry_path = None, []

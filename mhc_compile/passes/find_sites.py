@@ -23,8 +23,10 @@ from mhc_compile.capture.graph import meta_value, qualified_module, user_line
 from mhc_compile.capture.mutation import INPLACE_ADDS, is_write, op_name, written
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.passes.chains import assemble
-from mhc_compile.passes.roles import LINEAR, NORM, RANDOM, WEIGHTED, Roles, channel_axis, summands
+from mhc_compile.passes.roles import LINEAR, NORM, RANDOM, UNARY_LINEAR, WEIGHTED, Roles, channel_axis, summands
 from mhc_compile.passes.sites import ResidualSite
+
+_ZEROS = frozenset("zeros zeros_like new_zeros".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,10 @@ def find_sites(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     ctx.chains = chains
     result = PassResult("find_sites", changed=sum(len(chain.sites) for chain in chains))
     result.refusals = finder.refusals + refusals
-    result.notes = [
-        f"chain {chain.index}: {len(chain.sites)} sites from {chain.sites[0].module or 'the root'}" for chain in chains
-    ]
+    for chain in chains:
+        note = f"chain {chain.index}: {len(chain.sites)} sites from {chain.sites[0].module or 'the root'}"
+        still = sum(not site.learns for site in chain.sites)
+        result.notes.append(f"{note}, {still} of them without gradients (no_grad)" if still else note)
     return result
 
 
@@ -75,9 +78,15 @@ class _Finder:
         self.live = _live(gm)
         self.refusals: list[Refusal] = []
         self.written = written(gm)
+        self.from_zero: set[fx.Node] = set()
+        """First sums of streams that begin as zeros."""
+        switches = [n for n in gm.graph.nodes if op_name(n) == "_set_grad_enabled"]
+        self.gradients = not switches[0].args[0] if switches else torch.is_grad_enabled()
 
     def walk(self) -> None:
         for node in self.gm.graph.nodes:
+            if op_name(node) == "_set_grad_enabled":
+                self.gradients = bool(node.args[0])
             if node.op not in ("call_function", "call_method"):
                 continue
             if op_name(node) == "_transformer_encoder_layer_fwd":
@@ -117,18 +126,22 @@ class _Finder:
         return None
 
     def _match(self, node: fx.Node, carrier: fx.Node, output: fx.Node) -> ResidualSite | None:
-        if carrier in self.roles.constant or output in self.roles.constant:
+        if output in self.roles.constant:
             return None
         names = self.roles.strip(carrier, lambda n: n in self.sites)
         ancestors = self._ancestors(output, min(self.order[n] for n in names))
         stream = next((n for n in names if n in ancestors), None)
         if stream is None:
             return None
+        if stream in self.roles.constant and (output in self.traces or output in self.from_zero):
+            return None  # learned positions that are added to a stream which has read them before
         branch = self._branch(stream, ancestors)
         if branch is None:
             return None
         path = names[: names.index(stream)][::-1]
-        return self._site(node, stream, carrier, output, branch, path)
+        site = self._site(node, stream, carrier, output, branch, path)
+        site.from_constant = stream in self.roles.constant
+        return site
 
     def _match_parallel(self, node: fx.Node, carrier: fx.Node, output: fx.Node) -> ResidualSite | None:
         """``(x + attn) + mlp`` where the mlp reads x, and nobody else reads the first sum: one site, two branches."""
@@ -158,8 +171,11 @@ class _Finder:
             (n for n in inputs if n.op == "placeholder" and n in self.roles.weight), key=self.order.__getitem__
         )
         site = ResidualSite(node, stream, carrier, [(output, 1.0)], branch, parameters, carrier_path=path)
+        inner = sorted(branch, key=self.order.__getitem__)
+        site.images = frozenset(self.roles.images(stream, inner) - {stream, output})
         site.channel = channel_axis(stream, branch, self.roles) or -1
         site.kind = _kind(branch)
+        site.learns = self.gradients
         if self.ctx.modules is not None:
             site.owner = self.ctx.modules.owner(node, parameters)
         return site
@@ -198,6 +214,9 @@ class _Finder:
             return "the add writes in place into a tensor that is an input or has another name; write x = x + f(x)"
         if node not in self.live:
             return "nothing that the graph returns reads the sum"
+        if site.from_constant and self._is_zero(site.stream):
+            self.from_zero.add(node)
+            return "the stream is zero there, which leaves nothing to mix; it begins behind this add"
         if any(op_name(n) == "detach" for n in self.roles.strip(output, lambda n: n in self.sites)):
             return "the branch is detached from the gradient (a straight-through estimator), so it has nothing to learn"
         write = next(
@@ -217,6 +236,12 @@ class _Finder:
         if not isinstance(carrier.shape[site.channel], int):
             return "the channel size is dynamic; mark that dimension static (torch._dynamo.mark_static)"
         return ""
+
+    def _is_zero(self, node: fx.Node) -> bool:
+        """True for a constant that is written as zeros, in whatever layout."""
+        while op_name(node) in UNARY_LINEAR and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return op_name(node) in _ZEROS
 
     def _is_same_stream(self, site: ResidualSite, output: fx.Node) -> bool:
         trace = self.traces.get(output)
@@ -246,11 +271,7 @@ class _Finder:
         before = self._ancestors(head, self.order[site.stream])
         if site.stream not in before:
             return True
-        reached = {site.stream}
-        for node in sorted(before, key=self.order.__getitem__):
-            if any(arg in reached for arg in self.roles.values(node)) and self.roles.role(node) == LINEAR:
-                reached.add(node)
-        return head in reached
+        return head in self.roles.images(site.stream, sorted(before, key=self.order.__getitem__))
 
     def _add(self, site: ResidualSite) -> None:
         for merged in site.merged:

@@ -19,7 +19,7 @@ from mhc_compile.capture.mutation import op_name
 
 LINEAR, NORM, NONLINEAR, WEIGHTED, RANDOM = "linear", "norm", "non-linear", "weighted", "random"
 
-_UNARY_LINEAR = frozenset(
+UNARY_LINEAR = frozenset(
     """
     to float half bfloat16 double type type_as contiguous clone detach alias identity view reshape view_as
     reshape_as flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t squeeze unsqueeze expand
@@ -131,7 +131,7 @@ class Roles:
             if any(arg in self.weight for arg in node.all_input_nodes):
                 self.weight.add(node)  # a weight standardised, merged or otherwise made of weights
         first = node.args[0] if node.args else None
-        if isinstance(first, fx.Node) and first in self.weight and op_name(node) in _UNARY_LINEAR:
+        if isinstance(first, fx.Node) and first in self.weight and op_name(node) in UNARY_LINEAR:
             self.weight.add(node)
 
     def activations(self, node: fx.Node) -> list[fx.Node]:
@@ -145,7 +145,7 @@ class Roles:
 
     def is_weighted(self, node: fx.Node) -> bool:
         """True for a product of activations with a parameter of two or more dimensions (linear, conv, expert GEMM)."""
-        if node.op not in ("call_function", "call_method") or op_name(node) in _ELEMENTWISE | _UNARY_LINEAR:
+        if node.op not in ("call_function", "call_method") or op_name(node) in _ELEMENTWISE | UNARY_LINEAR:
             return False
         has_weight = any(
             arg in self.weight
@@ -164,12 +164,14 @@ class Roles:
         inputs = self.values(node)
         if name in _DROPOUT:
             return LINEAR if _dropout_is_off(node) else RANDOM
-        if name in _UNARY_LINEAR:
+        if name in UNARY_LINEAR:
             # an index that depends on activations (token routing) is data, not stream
             return LINEAR if _reads_first(node, inputs) else NONLINEAR
         if name in _ADDING or name in _JOINING:
             return LINEAR
         if name in _SCALING:
+            if len(inputs) == 1 and sum(arg is inputs[0] for arg in node.args) > 1:
+                return NONLINEAR  # x * x
             denominator = name in ("div", "truediv", "__truediv__", "divide", "div_", "itruediv")
             if denominator and len(node.args) > 1 and node.args[1] in inputs and node.args[1] is not node.args[0]:
                 return LINEAR if len(inputs) == 2 else NONLINEAR
@@ -178,13 +180,34 @@ class Roles:
             return NORM
         return NONLINEAR
 
+    def images(self, source: fx.Node, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """``source`` and what among ``nodes`` (given in graph order) it passes through by linear operations.
+
+        Adding anything to an image leaves an image; a product of two values that depend on ``source`` is none.
+        """
+        derived, linear = {source}, {source}
+        for node in nodes:
+            inputs = [arg for arg in self.values(node) if arg in derived]
+            if not inputs or node is source:
+                continue
+            derived.add(node)
+            product = len(inputs) > 1 and op_name(node) not in _ADDING | _JOINING
+            if not product and self.role(node) == LINEAR and any(arg in linear for arg in inputs):
+                linear.add(node)
+        return linear
+
     def strip(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-        """``node`` and what it was before unary linear operations, nearest first, ending where ``stop`` holds."""
+        """``node`` and what it was before unary linear operations, nearest first, ending where ``stop`` holds.
+
+        Adding a parameter is one of them: ``(x + bias) * scale`` is still the stream x.
+        """
         found = [node]
         while not stop(node) and node.op in ("call_function", "call_method"):
             inputs = self.values(node)
-            if len(inputs) != 1 or self.role(node) != LINEAR or op_name(node) in _JOINING | _ADDING:
+            if len(inputs) != 1 or self.role(node) != LINEAR or op_name(node) in _JOINING:
                 break
+            if op_name(node) in _ADDING and len(node.all_input_nodes) < 2:
+                break  # 0 + x begins a sum
             node = inputs[0]
             found.append(node)
         return found

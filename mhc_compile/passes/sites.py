@@ -45,6 +45,12 @@ class ResidualSite:
     """The role of ``after_norm`` (see ``roles``)."""
     norm_parent: ResidualSite | None = None
     """The site before that norm."""
+    images: frozenset[fx.Node] = frozenset()
+    """Linear images of ``stream`` in the branch: where a stream inside the branch begins that is still this one."""
+    from_constant: bool = False
+    """True when the stream is made of parameters alone here (learned queries), so that the chain begins in them."""
+    learns: bool = True
+    """False for an add that runs under ``no_grad``: its hyper-connection stays at its start."""
     channel: int = -1
     """Axis of the channels in the carrier (negative)."""
     kind: str = "site"

@@ -28,6 +28,7 @@ from mhc_compile.capture.graph import Builder, meta_value
 from mhc_compile.capture.mutation import op_name, remove_dead
 from mhc_compile.config import Options
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
+from mhc_compile.passes.respell import fold
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
 from mhc_compile.passes.streams import StreamBuilder, StreamValue
 
@@ -56,6 +57,7 @@ def widen(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
     """
     result = PassResult("widen")
     if ctx.options.streams == 1 or not ctx.chains:
+        fold(gm)
         return result
     replaced: dict[fx.Node, fx.Node] = {}
     unread = [node for node in gm.graph.nodes if not node.users]
@@ -67,6 +69,7 @@ def widen(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         _remap(chain, replaced)
         _ChainWidener(gm, ctx, chain, replaced).run()
         result.changed += len(chain.sites)
+    fold(gm)
     remove_dead(gm, unread)
     return result
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mhc_compile.capture.frames import enclosing_modules, is_transparent
+from mhc_compile.capture.frames import enclosing_modules, is_running, is_transparent
 from tests.tiny import Block
 
 
@@ -57,3 +57,17 @@ def test_wrappers_that_only_pass_the_call_on() -> None:
 
     assert is_transparent(torch.compile(Block(), backend="eager"))
     assert not is_transparent(Block())
+
+
+def test_a_method_that_runs_uncompiled_and_calls_a_helper() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> bool:
+            return self.helper(x)
+
+        def helper(self, x: Tensor) -> bool:
+            return is_running([self])
+
+    model = Model()
+    assert model(Tensor())
+    assert not is_running([Model()])
+    assert not is_running([])

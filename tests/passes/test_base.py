@@ -34,4 +34,5 @@ def test_a_pass_is_timed_and_its_graph_checked() -> None:
 
 
 def test_the_order() -> None:
-    assert [step.__name__ for step in ORDER] == ["raise_chains", "find_sites", "check_fragment", "widen", "recompute"]
+    names = ["raise_chains", "respell", "find_sites", "check_fragment", "widen", "recompute", "fold_norms"]
+    assert [step.__name__ for step in ORDER] == names

@@ -88,3 +88,23 @@ def test_pieces_between_norms_are_post_norm_and_long_ones_are_not() -> None:
     long[1][0].after_norm, long[1][0].norm_parent = norm, long[0][-1]
     found, _ = chains([*long[0], *long[1]])
     assert [chain.sites for chain in found] == long
+
+
+def test_an_add_around_a_stream_that_begins_in_its_own_image_is_a_long_skip() -> None:
+    """``z + f(z + y)`` with two adds or more in f: z goes through them."""
+    image = node("image")
+    inner = line("inner", 2, image)
+    outer = site("outer", node("z"), branch={image, *(s.add for s in inner)})
+    outer.images = frozenset([image])
+    found, reasons = chains([*inner, outer])
+    assert [chain.sites for chain in found] == [inner]
+    assert reasons == ["long skip around 2 residual adds of its own stream"]
+
+
+def test_one_add_to_something_learned_is_no_chain() -> None:
+    alone, first = site("alone", node("position")), line("queries", 2)
+    alone.from_constant = first[0].from_constant = True
+    found, reasons = chains([alone, *first])
+    assert [chain.sites for chain in found] == [first]
+    assert len(reasons) == 1
+    assert "learned queries" in reasons[0]

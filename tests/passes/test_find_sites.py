@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhc_compile import explain
 from mhc_compile.convert import Conversion
+from tests.passes import cases_starts  # noqa: F401 - registers its models
 from tests.passes.cases import CASES, Case
 from tests.passes.cases_models import MODELS, REFUSED, Refused
 from tests.passes.models import Block, Lambda, Mlp, Stack, assert_same, conversions, parameters_of, report, run, tokens

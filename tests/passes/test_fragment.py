@@ -64,3 +64,55 @@ def test_a_cut_chain_is_refused(function: Any, facts: dict[str, Any]) -> None:
 )
 def test_a_whole_chain_is_not(function: Any, facts: dict[str, Any]) -> None:
     check(function, **facts)
+
+
+def second_half(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """Behind a break in a branch: y is what the branch had come to."""
+    x = x + F.linear(y, w)
+    return torch.sin(x)
+
+
+def both_halves(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return F.linear(torch.tanh(x + y), w)
+
+
+def added_from_outside(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """A position is added to an input, and a bias to what comes out."""
+    return F.linear(x + torch.sin(y), w) + y.mean()
+
+
+def check_pair(function: Any, **facts: Any) -> list[str]:
+    gm = traced(function, torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(4, 4))
+    ctx = PassContext(Options(), is_parameter=is_parameter, **facts)
+    find_sites(gm, ctx)
+    return [refusal.reason for refusal in check_fragment(gm, ctx).refusals]
+
+
+@pytest.mark.parametrize(
+    ("function", "facts"),
+    [
+        (second_half, {"resumed": True}),
+        (second_half, {"inside": "Layer"}),
+        (both_halves, {"resumed": True, "inside": "Model"}),
+    ],
+)
+def test_a_cut_add_is_refused(function: Any, facts: dict[str, Any]) -> None:
+    with pytest.raises(FragmentError, match="residual add is cut"):
+        check_pair(function, **facts)
+
+
+@pytest.mark.parametrize(
+    ("function", "facts"),
+    [
+        (second_half, {}),
+        (second_half, {"break_reason": "print"}),
+        (both_halves, {"resumed": True}),
+        (added_from_outside, {"resumed": True}),
+    ],
+)
+def test_an_add_of_a_stem_is_not(function: Any, facts: dict[str, Any]) -> None:
+    assert check_pair(function, **facts) == []
+
+
+def test_a_piece_with_weights_and_without_a_chain_is_told() -> None:
+    assert ["Model runs in pieces" in reason for reason in check_pair(both_halves, inside="Model")] == [True]

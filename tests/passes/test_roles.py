@@ -31,6 +31,8 @@ def last(gm: fx.GraphModule) -> fx.Node:
         (lambda x, w: x / 2, LINEAR),
         (lambda x, w: x + x.new_ones(4), LINEAR),
         (lambda x, w: 2 / x, NONLINEAR),
+        (lambda x, w: x * x, NONLINEAR),
+        (lambda x, w: x + x, LINEAR),
         (lambda x, w: F.dropout(x, 0.1, False), LINEAR),
         (lambda x, w: F.dropout(x, 0.0, True), LINEAR),
         (lambda x, w: F.dropout(x, 0.1, True), RANDOM),
@@ -93,3 +95,25 @@ def test_channel_axis(function: Any, axis: int | None) -> None:
     gm = traced(function, torch.randn(2, 4, 4, 4), weight)
     roles = Roles(gm, is_parameter)
     assert channel_axis(by_name(gm)["x"], set(gm.graph.nodes), roles) == axis
+
+
+def test_strip_goes_through_a_bias_and_not_through_another_activation() -> None:
+    gm = traced(lambda x, y, w: (x + y, (x + w[0]) * w[1], 0 + x), X, X, W)
+    roles = Roles(gm, is_parameter)
+    both, shifted, begun = gm.graph.output_node().args[0]
+    assert roles.strip(both, lambda n: False) == [both]
+    assert roles.strip(begun, lambda n: False) == [begun]
+    assert roles.strip(shifted, lambda n: False)[-1].name == "x"
+
+
+def test_images_of_a_stream() -> None:
+    def function(x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        shifted = (x + y) * 0.5
+        inverse = x.pow(2).mean(-1, keepdim=True).rsqrt()
+        return shifted, x * inverse, F.linear(x, w), shifted + F.linear(x, w)
+
+    gm = traced(function, X, X, W)
+    roles = Roles(gm, is_parameter)
+    x = by_name(gm)["x"]
+    images = roles.images(x, gm.graph.nodes)
+    assert [node in images for node in gm.graph.output_node().args[0]] == [True, False, False, True]

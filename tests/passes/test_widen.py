@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhc_compile.convert import Conversion
 from mhc_compile.errors import MhcError
+from tests.passes import cases_starts  # noqa: F401 - registers its models
 from tests.passes.cases import CASES, Case
 from tests.passes.cases_models import MODELS
 from tests.passes.models import (

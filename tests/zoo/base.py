@@ -80,21 +80,21 @@ def noise(seed: int, *shape: int, name: str = "noise") -> Tensor:
 
 
 def float_outputs(output: object) -> Iterator[Tensor]:
-    """The differentiable tensors of a model's output, in the order of the output; caches and flags are passed over."""
+    """The floating-point tensors of a model's output, in the order of the output; caches and flags are passed over."""
     leaves = tree_leaves(dict(output)) if isinstance(output, Mapping) else tree_leaves(output)
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad and leaf.numel() > 0:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 0:
             yield leaf
 
 
 def projection_loss(output: object) -> Tensor:
-    """Sum over the outputs of their product with a fixed wave, divided by sqrt(numel).
+    """Sum over the differentiable outputs of their product with a fixed wave, divided by sqrt(numel).
 
     A mean square would be constant behind a final norm and give no gradient; a projection has a gradient everywhere.
     Values that a mask has set to -inf or to the lowest float are left out (``where``), for their product is not finite.
     """
     total: Tensor | None = None
-    for leaf in float_outputs(output):
+    for leaf in (leaf for leaf in float_outputs(output) if leaf.requires_grad):
         flat = leaf.float().reshape(-1)
         wave = torch.sin(torch.arange(flat.numel(), dtype=torch.float32, device=flat.device) * 1.7 + 0.3)
         usable = flat.detach().abs() < 1e8

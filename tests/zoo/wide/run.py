@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mhc_compile.errors import MhcError
+from mhc_compile.errors import MhcError, NotConvertedWarning
 from tests.zoo import base, convert, get
 from tests.zoo.base import Example
 from tests.zoo.wide import expect, feed, status
@@ -97,7 +97,9 @@ def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -
     expected = COUNTED[row["name"]][0] if row["name"] in COUNTED else counted.pre_norm
     row.update(expected=expected, post_norm=counted.post_norm, where=counted.where)
     try:
-        outcome = convert.check(example, {"compiler": "eager"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NotConvertedWarning)
+            outcome = convert.check(example, {"compiler": "eager"})
         if outcome.problems and all("differs by" in problem for problem in outcome.problems):
             torch._dynamo.reset()
             row["shaken"] = outcome.problems[:3]
@@ -108,6 +110,14 @@ def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -
         if "internal error" in error.what or (expected and "nothing to widen" in error.what):
             row["status"] = "wrong"
         return
+    except torch._dynamo.exc.TorchRuntimeError:
+        row["reason"] = fails_plainly(again())
+        if not row["reason"]:
+            raise
+        row.update(status="refused", sites=0)
+        return
+    told = [w.message.what for w in caught if isinstance(w.message, NotConvertedWarning)]
+    row["told"] = told
     places = [f"{s.where} {s.module} {s.kind}" for report in outcome.reports for s in report.sites]
     left = [f"{r.where} {r.module} {r.reason}" for report in outcome.reports for r in report.left_alone]
     row.update(sites=outcome.sites, graphs=len(outcome.reports), problems=outcome.problems, places=places, left=left)
@@ -117,12 +127,25 @@ def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -
     row["status"] = "converted" if (fits or raised) and not outcome.problems else "wrong"
     if raised:
         row["reason"] = f"its own hyper-connections are recognised: {raised} ops raised"
+    elif not outcome.reports and told:
+        row["status"], row["reason"] = "refused", next((t for t in told if "residual chain" in t), told[0])
     elif not outcome.reports:
         row["reason"] = "nothing was widened and nobody was told"
     elif not fits:
         row["reason"] = f"{outcome.sites} sites, {expected} adds in the source"
     if outcome.problems:
         row["reason"] = outcome.problems[0]
+
+
+def fails_plainly(example: Example) -> str:
+    """What ``torch.compile`` with its own backend "eager" says, where it cannot run the model either; else empty."""
+    torch._dynamo.reset()
+    try:
+        step = torch.compile(example.model, backend="eager")
+        step(**example.inputs)
+    except torch._dynamo.exc.TorchRuntimeError as error:
+        return f"torch.compile(backend='eager') cannot capture it either: {str(error).splitlines()[0]}"
+    return ""
 
 
 def again(attempt: Attempt, row: dict[str, Any]) -> Example:
