@@ -35,7 +35,7 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     "pre_norm_dots": (pre_norm, "backward_config", [
         {"BC": block, "STAGES": stages, "num_warps": warps}
         for block, stages, warps in (
-            (512, 1, 4), (512, 2, 4), (512, 3, 4), (1024, 1, 4), (1024, 1, 8), (1024, 2, 8), (512, 2, 8), (2048, 2, 8),
+            (512, 1, 4), (512, 2, 4), (1024, 1, 4), (1024, 1, 8), (512, 1, 2), (1024, 1, 2), (512, 1, 8),
         )
     ]),
     "pre_dots": (pre, "dots_config", [
@@ -44,11 +44,10 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     ]),
     "project": (coefficients, "project_config", []),
     "streams_backward": (boundary, "streams_config", [
-        {"BT": bt, "BC": bc, "SPAN": span, "STAGES": stages, "num_warps": warps, **more}
-        for bt, bc, span, warps, stages, more in (
-            (64, 32, 256, 4, 1, {}), (64, 32, 256, 4, 2, {}), (64, 32, 512, 4, 2, {}), (64, 32, 512, 4, 3, {}),
-            (64, 32, 1280, 4, 2, {}), (64, 32, 256, 4, 2, {"maxnreg": 168}), (64, 32, 256, 4, 1, {"maxnreg": 168}),
-            (128, 32, 512, 8, 2, {}), (128, 32, 512, 8, 3, {}), (64, 32, 1280, 4, 3, {}),
+        {"BT": bt, "BC": bc, "SPAN": span, "STAGES": stages, "UNROLL": unroll, "num_warps": warps}
+        for bt, bc, span, warps, stages, unroll in (
+            (64, 32, 256, 4, 1, 1), (64, 32, 256, 4, 2, 2), (64, 32, 256, 4, 1, 2), (64, 32, 128, 4, 1, 1),
+            (128, 32, 256, 8, 1, 1), (64, 32, 64, 4, 1, 1),
         )
     ]),
 }  # fmt: skip

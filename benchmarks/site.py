@@ -195,6 +195,7 @@ def main() -> None:
                 results[key] = {"status": function}
                 print(f"  {name:38s} {function}")
                 continue
+            torch._dynamo.reset()  # or a second width would be compiled for any width, which no kernel takes
             try:
                 results[key] = measure(name, function, arguments.tokens, width, arguments.sites, u)
             except Exception as error:  # a peer that fails is a row of the table, not the end of it

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from mhc_compile import compat
-from mhc_compile.config import Options, resolve
+from mhc_compile.config import Resolved, resolve
 from mhc_compile.convert import Conversion, as_error, convert
 from mhc_compile.errors import FragmentError, MhcError, OptionError
 from mhc_compile.model.state import wrappers
@@ -57,7 +57,7 @@ def explain(model: nn.Module, *example_inputs: Any, **options: Any) -> CompileRe
         return report
 
 
-def _resolved(options: dict[str, Any]) -> Options:
+def _resolved(options: dict[str, Any]) -> Resolved:
     """The options of a call; OptionError for a tensor among them, which was meant as an input."""
     for name, value in options.items():
         if isinstance(value, torch.Tensor):

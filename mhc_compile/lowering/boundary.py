@@ -51,10 +51,11 @@ def streams_backward_kernel(
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
     COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
-    MASKED: tl.constexpr = C % BC != 0
+    MASKED: tl.constexpr = C % SPAN != 0
     CP: tl.constexpr = (C + 31) // 32 * 32
     program = tl.program_id(0)
     base = (program // SPANS).to(tl.int64) * BT
@@ -88,7 +89,7 @@ def streams_backward_kernel(
             low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens - base, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
     first = (program % SPANS) * SPAN
-    for step in tl.range(0, SPAN, BC, num_stages=STAGES):
+    for step in tl.range(0, SPAN, BC, num_stages=STAGES, loop_unroll_factor=UNROLL):
         columns = (first + step + tl.arange(0, BC))[None, :]
         mask = (there & (columns < C)) if MASKED else there
         state = rows * (N * C) + columns
@@ -127,14 +128,23 @@ def streams_backward_kernel(
             tl.store(out_ptr + state + i * C, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def span_of(width: int) -> int:
+    """Channels that a program walks over: 256, or less where that divides the width and saves the masks."""
+    for span in (256, 192, 160, 128, 96):
+        if width % span == 0:
+            return span
+    return min(256, triton.cdiv(width, GROUP) * GROUP)
+
+
 def streams_config(tokens: int, width: int, streams: int, padded: int, like: Tensor) -> dict[str, int]:
-    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them), the next steps' tiles on their way;
-    a program walks over 256 channels."""
-    span, itemsize = min(256, triton.cdiv(width, GROUP) * GROUP), like.element_size()
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them), the next steps' tiles on their
+    way."""
+    span, itemsize = span_of(width), like.element_size()
     if tokens <= 16 or itemsize > 2:
-        return {"BT": 16, "BC": GROUP, "SPAN": span, "STAGES": 1, "num_warps": 1}
+        return {"BT": 16, "BC": GROUP, "SPAN": span, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
     tile = ((2 * streams + 1) * 64 + streams * padded) * GROUP * itemsize
-    return {"BT": 64, "BC": GROUP, "SPAN": span, "STAGES": stages_of(like.device, tile, 3), "num_warps": 4}
+    stages = stages_of(like.device, tile, 3)
+    return {"BT": 64, "BC": GROUP, "SPAN": span, "STAGES": stages, "UNROLL": 1, "num_warps": 4}
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:

@@ -142,7 +142,8 @@ def activate_kernel(
     if NORM != 2:
         squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
         for split in tl.static_range(1, SPLITS):
-            squares += tl.load(partial_ptr + tl.full((), split * KP, tl.int64) * tokens + base + K, mask=there, other=1.0)
+            part = base + K + tl.full((), split * KP, tl.int64) * tokens
+            squares += tl.load(partial_ptr + part, mask=there, other=1.0)
         r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
     tl.store(projection_ptr + token * (K + 1) + K, r, mask=there)
     line = tl.arange(0, NP)

@@ -93,7 +93,8 @@ def by_token(value: Tensor, trailing: int) -> Tensor:
 
 @functools.cache
 def _shared_memory(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stub does not list the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def stages_of(device: torch.device, bytes_a_stage: int, most: int) -> int:

@@ -32,14 +32,13 @@ from .launch import (
     nonempty,
     places,
     side_by_side,
-    stages_of,
     store_row,
     zeros,
 )
 
 MAX_WIDTH = 16384
 """A row lies in the registers of one program; wider ones would spill."""
-TOKENS = 16
+TOKENS = 8
 """Tokens of a program of the backward: one row of partial weight gradients each."""
 
 
@@ -234,10 +233,11 @@ def config(width: int) -> dict[str, int]:
     return {"BC": min(block, triton.next_power_of_2(max(width, 16))), "num_warps": warps}
 
 
-def backward_config(x: Tensor) -> dict[str, int]:
-    """As forward; the next token is loaded while this one is summed, where its row fits the shared memory."""
-    row = (x.shape[1] + 1) * x.shape[2] * x.element_size()
-    return {**config(x.shape[2]), "STAGES": stages_of(x.device, row, 2)}
+def backward_config(width: int) -> dict[str, int]:
+    """Four warps where the row fits their registers; loads that run ahead through shared memory made it slower."""
+    warps = 4 if 768 < width <= 4096 else config(width)["num_warps"]
+    block = config(width)["BC"] if width <= 2560 else 1024 if width <= 8192 else 2048
+    return {"BC": block, "STAGES": 1, "num_warps": warps}
 
 
 def columns(kind: str) -> int:
@@ -296,7 +296,7 @@ def dots(
             pre_norm_backward_kernel, (programs,), g, x, p, x if weight is None else weight.contiguous(), s, du, d_pre,
             d_weight, d_bias, tokens, C=width, N=n, NP=triton.next_power_of_2(n), TOKENS=TOKENS,
             LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
-            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(x),
+            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(width),
         )  # fmt: skip
     return du.view(*streams.shape[:-2], width), d_pre, d_weight, d_bias
 

@@ -165,7 +165,7 @@ def test_coefficients(which: str, n: int, width: int, dtype: torch.dtype, lead: 
     needs = [True] * 6
     actual = boundary.coefficients_backward(*grads, *args, got[3], needs, *flat)
     exact = ops.coefficients.native_backward(*map(double, grads), *map(double, args), want[3], needs, *flat)
-    check(actual[:1], exact[:1], RMS[dtype])
+    check(actual[:1], exact[:1], 3e-3 if dtype == torch.float16 else RMS[dtype])  # phi is one bf16 copy there
     check(actual[1:], exact[1:], 2e-3)
 
 
@@ -179,9 +179,10 @@ def test_few_tokens_split_the_channels() -> None:
     check(coefficients.forward(*args, *flat), ops.coefficients.native(*map(double, args), *flat), 1e-4)
 
 
-def test_stream_gradient_in_one_pass() -> None:
+@pytest.mark.parametrize("width", [70, 288])
+def test_stream_gradient_in_one_pass(width: int) -> None:
     """All terms at once equal the sum of the terms, in fewer roundings."""
-    n, width, tokens = 4, 70, 21
+    n, tokens = 4, 21
     spec = CoefficientSpec()
     x, g = torch.randn(tokens, n, width).bfloat16(), torch.randn(tokens, n, width).bfloat16()
     du, p, h = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, n), torch.randn(tokens, n, n)

@@ -48,3 +48,9 @@ def test_dealt_phi_is_a_padded_permutation() -> None:
     assert torch.equal(dealt[:24, :, :32].sort(-1).values, phi.view(24, 4, 40)[..., :32])
     assert dealt[0, 0, :10].tolist() == [0, 1, 8, 9, 16, 17, 24, 25, 2, 3], "column 8 j + 2 t + e holds 8 t + 2 j + e"
     assert not dealt[24:].any()
+
+
+def test_spans_divide_the_width_or_are_masked() -> None:
+    from mhc_compile.lowering import boundary
+
+    assert [boundary.span_of(width) for width in (2560, 1600, 288, 96, 50)] == [256, 160, 96, 96, 64]

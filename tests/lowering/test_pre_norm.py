@@ -25,15 +25,14 @@ def test_registers(width: int) -> None:
     assert made.stack == 0
     assert made.registers <= 64, "forward: many programs a multiprocessor hide the loads of each other"
 
-    config = pre_norm.backward_config(torch.empty(1, 4, width, dtype=torch.bfloat16))
+    config = pre_norm.backward_config(width)
     warps = config.pop("num_warps")
     pointers = dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "du_ptr"), BF16)
     pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr", "d_pre_ptr", "d_weight_ptr", "d_bias_ptr"), FP32)
-    constants = {"C": width, "NP": 4, "TOKENS": 16, **ATTRIBUTES, **config}
+    constants = {"C": width, "NP": 4, "TOKENS": pre_norm.TOKENS, **ATTRIBUTES, **config}
     constants |= {"NEED_PRE": True, "NEED_WEIGHT": True, "NEED_BIAS": False}
     made = compile_for_hopper(pre_norm.pre_norm_backward_kernel, pointers, TOKENS, constants, num_warps=warps)
     assert made.stack == 0
-    assert "cp.async" in made.ptx, "the next token is loaded while this one is summed"
 
 
 def test_refusals() -> None:
@@ -44,10 +43,3 @@ def test_refusals() -> None:
     assert "float64" in pre_norm.refusal(x.double(), None, None)
     assert "5 streams" in pre_norm.refusal(torch.ones(2, 5, 8), None, None)
     assert "16384" in pre_norm.refusal(torch.ones(1, 4, 20000), None, None)
-
-
-def test_a_wide_row_does_not_run_ahead() -> None:
-    from mhc_compile.lowering import pre_norm
-
-    assert pre_norm.backward_config(torch.empty(1, 4, 4096, dtype=torch.bfloat16))["STAGES"] == 2
-    assert pre_norm.backward_config(torch.empty(1, 8, 16384))["STAGES"] == 1
