@@ -1,0 +1,247 @@
+"""Which tasks go to the side stream, where each starts, and where the main stream waits for it.
+
+The main stream runs the program in its order; a moved task starts on the side stream at its *fork*, a place in that
+order behind everything it waits for, and the main stream waits for it at its *join*, before its first reader. While a
+side task s runs beside a main task m, with what was measured of the pair (``contention``):
+
+    the side task advances at 1 / stretch of its own speed,
+    the main task at 1 - (1 - hidden) / stretch,
+
+so that a side task that runs under m from end to end costs the main stream (1 - hidden) of its seconds. Custom ops on
+the main stream count as ``memory``. Of a pair that was not measured nothing is known: the main task stands still then,
+which is one stream. While the main stream waits for communication the pair ``communication`` counts.
+
+The search is greedy in the order of the program: a task is moved if the predicted end comes earlier. Where it starts is
+a question of time: as late as still fits before its reader (memory is held no longer than needed), or at once if
+nothing in this graph reads it; then the main stream waits for it only when it has long been done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .contention import Contention, Pair
+from .dag import Dag, Task
+
+LEAST_GAIN = 0.002
+"""Of the graph's seconds: a plan that promises less is noise, and one stream is taken."""
+MAIN_KINDS = ("matmul", "attention", "memory", "communication")
+ROOM = 1.25
+"""Room left for a side task before its reader, over its predicted time."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A task on the side stream. Places are numbers of tasks in the program's order, its length for the end."""
+
+    task: str
+    fork: int
+    join: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A task, or the rest of one, on a stream."""
+
+    stream: str
+    """``main``, ``side``, ``communication``, or ``wait`` for a main stream that waits."""
+    name: str
+    kind: str
+    start: float
+    end: float
+
+
+@dataclass
+class Plan:
+    """What to do with one graph."""
+
+    dag: Dag
+    moves: list[Move] = field(default_factory=list)
+    serial: float = 0.0
+    """Predicted seconds of one stream."""
+    predicted: float = 0.0
+    """Predicted seconds with the moves."""
+    timeline: list[Interval] = field(default_factory=list)
+    reason: str = ""
+    """Why there is one stream, empty if there are two."""
+
+    @property
+    def gain(self) -> float:
+        """Predicted gain as a part of one stream's seconds."""
+        return (self.serial - self.predicted) / self.serial if self.serial else 0.0
+
+
+@dataclass
+class _Running:
+    move: Move
+    task: Task
+    left: float
+
+
+class _Clock:
+    """Plays a program with moves."""
+
+    def __init__(self, dag: Dag, contention: Contention, priority: bool) -> None:
+        self.dag, self.contention, self.priority = dag, contention, priority
+        self.now = 0.0
+        self.side: list[_Running] = []
+        self.done: set[str] = set()
+        self.intervals: list[Interval] = []
+
+    def rates(self, main: str, side: Task) -> tuple[float, float]:
+        """Speed of a main task of kind `main` and of a side task beside it."""
+        main = main if main in MAIN_KINDS else "memory"
+        pair = self.contention.pair(main, side.kind, side.bytes, self.priority)
+        if pair is None:
+            return (1.0, 0.0) if main == "communication" else (0.0, 1.0)
+        stretch = max(pair.stretch, 1.0 - pair.hidden)
+        return 1.0 - (1.0 - pair.hidden) / stretch, 1.0 / stretch
+
+    def _log(self, stream: str, task: Task, start: float) -> None:
+        if self.now > start:
+            self.intervals.append(Interval(stream, task.name, task.kind, start, self.now))
+
+    def advance(self, kind: str, seconds: float) -> None:
+        """Let the main stream do `seconds` of work of a kind (its own time), the side stream what it can meanwhile."""
+        while seconds > 1e-12:
+            if not self.side:
+                self.now += seconds
+                return
+            head = self.side[0]
+            main_rate, side_rate = self.rates(kind, head.task)
+            step = head.left / side_rate if side_rate > 0 else seconds / main_rate
+            if main_rate > 0:
+                step = min(step, seconds / main_rate)
+            start = self.now
+            self.now += step
+            seconds -= step * main_rate
+            self._side(head, step * side_rate, start)
+
+    def _side(self, head: _Running, work: float, start: float) -> None:
+        head.left -= work
+        if work > 0:
+            self._log("side", head.task, start)
+        if head.left <= 1e-12:
+            self.side.pop(0)
+            self.done.add(head.task.name)
+
+    def finish(self, name: str) -> None:
+        """The main stream waits until a side task is done."""
+        while name not in self.done:
+            head, start = self.side[0], self.now
+            self.now += head.left
+            self._log("wait", head.task, start)
+            self._side(head, head.left, start)
+
+
+def play(
+    dag: Dag, moves: Iterable[Move], contention: Contention, priority: bool = False, skipped: Iterable[str] = ()
+) -> tuple[float, list[Interval]]:
+    """(predicted seconds, timeline) of a program with moves; tasks in `skipped` are left out."""
+    clock, moved, left_out = _Clock(dag, contention, priority), {move.task: move for move in moves}, set(skipped)
+    pending = sorted(moved.values(), key=lambda move: (move.fork, move.join))
+    communication: dict[str, float] = {}
+    wire = 0.0
+    order = dag.order
+    for index in range(len(order) + 1):
+        while pending and pending[0].fork <= index:
+            move = pending.pop(0)
+            clock.side.append(_Running(move, dag.tasks[move.task], dag.tasks[move.task].seconds))
+        for move in moved.values():
+            if move.join <= index and move.task not in clock.done:
+                clock.finish(move.task)
+        if index == len(order) or order[index] in moved or order[index] in left_out:
+            continue
+        task, start = dag.tasks[order[index]], clock.now
+        if task.kind == "communication":
+            wire = max(wire, clock.now) + task.seconds
+            communication[task.name] = wire
+            clock.intervals.append(Interval("communication", task.name, task.kind, wire - task.seconds, wire))
+        elif task.kind == "wait":
+            until = max((communication.get(name, 0.0) for name in dag.before(task.name)), default=0.0)
+            clock.advance("communication", max(until - clock.now, 0.0))
+            clock._log("wait", task, start)
+        else:
+            clock.advance(task.kind, task.seconds)
+            clock._log("main", task, start)
+    return clock.now, clock.intervals
+
+
+def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int]:
+    """(first place where a task may start, place of its first reader)."""
+    first = max((index[one] + 1 for one in dag.before(name)), default=0)
+    last = min((index[one] for one in dag.after(name)), default=len(index))
+    return first, last
+
+
+def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -> Move | None:
+    """Where a task would start and have to be done on the side stream; None if there is nothing to run beside."""
+    index, order, task = dag.index, dag.order, dag.tasks[name]
+    first, last = _window(dag, name, index)
+    pairs = [contention.pair(kind, task.kind, task.bytes, priority) for kind in MAIN_KINDS]
+    need = ROOM * task.seconds * max((pair.stretch for pair in pairs if isinstance(pair, Pair)), default=1.0)
+
+    def seconds(at: int) -> float:
+        return 0.0 if order[at] == name else dag.tasks[order[at]].seconds
+
+    if last < len(order):
+        fork, room = last, 0.0
+        while fork > first and room < need:
+            fork -= 1
+            room += seconds(fork)
+        return Move(name, fork, last) if room > 0 else None
+    fork, join, room = max(first, index[name]), max(first, index[name]), 0.0
+    while join < len(order) and room < 2 * need:
+        room += seconds(join)
+        join += 1
+    return Move(name, fork, join) if room > 0 else None
+
+
+def assign(
+    dag: Dag,
+    movable: Callable[[Task], bool],
+    contention: Contention,
+    priority: bool = False,
+    extra: Mapping[str, str] | None = None,
+    least_gain: float = LEAST_GAIN,
+) -> Plan:
+    """Choose the moves.
+
+    Args:
+        dag: the program.
+        movable: tasks that may leave the main stream.
+        contention: what was measured on the device.
+        priority: the main stream has the higher priority.
+        extra: movable task -> a task that is in the program only if it is moved (the part of it that the main stream
+            needs early, made on its own).
+        least_gain: part of the program's seconds below which nothing is moved.
+    """
+    extra = dict(extra or {})
+
+    def skipped(moves: Iterable[Move]) -> list[str]:
+        moved = {move.task for move in moves}
+        return [early for late, early in extra.items() if late not in moved]
+
+    serial, timeline = play(dag, [], contention, priority, skipped([]))
+    plan = Plan(dag, [], serial, serial, timeline)
+    candidates = [task for task in dag.tasks.values() if movable(task) and task.seconds > 0]
+    known = [task for task in candidates if contention.knows(task.kind, task.bytes, priority)]
+    if not known:
+        kinds = ", ".join(sorted({task.kind for task in candidates}))
+        plan.reason = f"nothing was measured of {kinds}" if candidates else "no call of this graph can move"
+        return plan
+    for task in known:
+        move = place(dag, task.name, contention, priority)
+        if move is None:
+            continue
+        moves = [*plan.moves, move]
+        seconds, intervals = play(dag, moves, contention, priority, skipped(moves))
+        if seconds < plan.predicted - 1e-9:
+            plan.moves, plan.predicted, plan.timeline = moves, seconds, intervals
+    if not plan.moves:
+        plan.reason = "no gain predicted"
+    elif plan.gain < least_gain:
+        plan.reason = f"a gain of {plan.gain:.2%} is predicted, below the {least_gain:.2%} that can be told from noise"
+        plan.moves, plan.predicted, plan.timeline = [], serial, timeline
+    return plan

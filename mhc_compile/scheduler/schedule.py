@@ -1,0 +1,324 @@
+"""The pass: plan a partitioned graph and write the plan into it; one stream where no gain is predicted.
+
+It runs behind all of inductor's own graph passes and behind fusion and lowering, on the forward and on the backward
+graph, and is active only on a CUDA device whose contention has been measured (``python -m mhc_compile calibrate``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from mhc_compile import cost
+from mhc_compile.compat import chain_graph_passes
+
+from . import contention as contention_of
+from .assign import LEAST_GAIN, Move, Plan, assign
+from .contention import Contention
+from .dag import Task, base_of, from_graph, is_opaque
+from .emit import FORK, encode, gate_argument, move
+from .timeline import text
+
+SEAM = "post_grad_custom_post_pass"
+HOST_SECONDS = 12e-6
+"""Nominal host time of a launch from inductor's wrapper: with less device time a launch the host is what one waits for,
+and a fork only adds to that."""
+
+Split = tuple[fx.Node, fx.Node, Callable[[], None]]
+"""A call, the call that makes early what the main stream needs of it, and how to take the latter back."""
+
+
+@dataclass
+class ScheduleLog:
+    """The plans of the graphs compiled, in order; empty when inductor's caches had the artefact."""
+
+    plans: list[Plan] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the report."""
+        return [*self.notes, *(line for plan in self.plans for line in text(plan).splitlines())]
+
+
+_forced: contextvars.ContextVar[tuple[Contention, float] | None] = contextvars.ContextVar(
+    "mhc_contention", default=None
+)
+
+
+@contextlib.contextmanager
+def using(contention: Contention, least_gain: float = LEAST_GAIN) -> Iterator[None]:
+    """Plan with these pairs instead of the device's own, on any device: for tests and for measuring plans that lose."""
+    token = _forced.set((contention, least_gain))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def no_split(graph: fx.Graph) -> list[Split]:
+    """Nothing to take apart."""
+    return []
+
+
+class SchedulePass(CustomGraphPass):
+    """Plans and emits. ``uuid`` covers what the plan is made from."""
+
+    def __init__(self, log: ScheduleLog, split: Callable[[fx.Graph], list[Split]], key: str) -> None:
+        self.log, self.split, self.key = log, split, key
+        self.forced = _forced.get()
+        self.priority = main_has_priority()
+        self.contention, self.reason = available()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Plan `graph`; edit it if there is a gain."""
+        if not any(is_opaque(node) for node in graph.nodes):
+            return
+        if self.contention is None:
+            self.log.notes.append(f"one stream: {self.reason}")
+            return
+        least = self.forced[1] if self.forced is not None else LEAST_GAIN
+        plan = plan_graph(graph, self.contention, self.priority, self.split, least, self.forced is not None)
+        self.log.plans.append(plan)
+        graph.eliminate_dead_code()
+        graph.lint()
+
+    def uuid(self) -> Any:
+        """Identity for inductor's caches."""
+        known = self.contention.fingerprint if self.contention is not None else self.reason
+        return ("mhc_compile.scheduler", self.key, known, self.priority, self.forced and self.forced[1])
+
+
+def main_has_priority() -> bool:
+    """True if the stream that compiles (and so, by the user's own ``torch.cuda.stream``, runs) has a high priority and
+    keeps it: inductor captures its CUDA graphs on a stream of its own."""
+    if not torch.cuda.is_available() or _cuda_graphs():
+        return False
+    return bool(torch.cuda.current_stream().priority < 0)
+
+
+def _cuda_graphs() -> bool:
+    from torch._inductor import config
+
+    return bool(config.triton.cudagraphs)
+
+
+def available() -> tuple[Contention | None, str]:
+    """(what is known of the current device, or why nothing is)."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced[0], ""
+    if not torch.cuda.is_available():
+        return None, "no CUDA device"
+    name = torch.cuda.get_device_name()
+    found = contention_of.load(name)
+    reason = "" if found else f"{name} has not been calibrated (python -m mhc_compile calibrate)"
+    return found, reason
+
+
+def plan_graph(
+    graph: fx.Graph,
+    contention: Contention,
+    priority: bool = False,
+    split: Callable[[fx.Graph], list[Split]] = no_split,
+    least_gain: float = LEAST_GAIN,
+    forced: bool = False,
+) -> Plan:
+    """Plan a graph and write the plan into it. `forced` leaves out the question whether the host is the bottleneck."""
+    splits = split(graph)
+    where = next((t.device for node in graph.nodes for t in cost.tensors_of(node.meta.get("val"))), None)
+    device = cost.device_of(where.type if where is not None else "cpu", (where.index or 0) if where is not None else 0)
+    dag = from_graph(graph, device, contention.seconds)
+    dag = dag.sunk(name for name, task in dag.tasks.items() if movable(task))
+    extra = {late.name: early.name for late, early, _ in splits}
+    plan = assign(dag, movable, contention, priority, extra, least_gain)
+    launches = len(dag.tasks) - len(extra)
+    if plan.moves and not forced and not _cuda_graphs() and plan.serial < launches * HOST_SECONDS:
+        plan.moves, plan.predicted = [], plan.serial
+        plan.reason = f"{launches} launches in {plan.serial * 1e3:.2f} ms: the host is the bottleneck (no CUDA graphs)"
+    chosen = {one.task for one in plan.moves}
+    undone = [undo for late, _, undo in splits if late.name not in chosen]
+    kept = {late.name: undo for late, _, undo in splits if late.name in chosen}
+    for undo in undone:
+        undo()
+    moved = emit(graph, plan)
+    for name, undo in kept.items():
+        if name not in moved:
+            undo()
+    return plan
+
+
+def movable(task: Task) -> bool:
+    """One opaque call that a fork can hold, and whose bits do not depend on how inductor would have compiled it."""
+    node = task.nodes[0] if len(task.nodes) == 1 else None
+    if node is None or not is_opaque(node) or task.kind in ("wait", "communication", "attention", "matmul"):
+        return False
+    if task.kind.startswith("aten.") and _autotuned():
+        return False
+    try:
+        encode(node)
+    except ValueError:
+        return False
+    value = node.meta.get("val")
+    return all(isinstance(item, Tensor) for item in (value if isinstance(value, (tuple, list)) else [value]))
+
+
+def _autotuned() -> bool:
+    """True where inductor may put a kernel of its own in the place of a library's matmul."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
+# ------------------------------------------------------------------------------------------------ writing the plan
+def emit(graph: fx.Graph, plan: Plan) -> list[str]:
+    """Write the moves into the graph; returns the names of the tasks moved. A move without a place is dropped."""
+    moved, kept = [], []
+    chosen = {one.task for one in plan.moves}
+    main = [name for name in plan.dag.order if name not in chosen]
+    for slot, one in enumerate(sorted(plan.moves, key=lambda item: item.fork)):
+        node = plan.dag.tasks[one.task].nodes[0]
+        places = _places(graph, plan, node, one, main)
+        if places is not None:
+            gate, argument, join_before, after = places
+            move(node, gate, join_before, slot, (gate, argument), after)
+            moved.append(one.task)
+            kept.append(one)
+    if len(kept) < len(plan.moves):
+        plan.reason = (
+            f"{len(plan.moves) - len(kept)} moves have no place in the graph" if kept else "no place to move to"
+        )
+        plan.moves = kept
+    return moved
+
+
+def _places(
+    graph: fx.Graph, plan: Plan, node: fx.Node, one: Move, main: list[str]
+) -> tuple[fx.Node, fx.Node, fx.Node, list[fx.Node]] | None:
+    """(call before which the fork stands, its argument that passes through, node before which the join stands, what
+    the join waits for); None if there is no such place."""
+    _hoist_inputs(node)
+    _sink(node)
+    position = {other: index for index, other in enumerate(graph.nodes)}
+    index = plan.dag.index
+    ready = max(position[other] for other in node.all_input_nodes)
+    join = min((position[user] for user in _direct_readers(node)), default=len(position) - 1)
+    calls = {name: plan.dag.tasks[name].nodes[0] for name in main}
+    calls = {
+        name: call for name, call in calls.items() if call in position
+    }  # a part made early may be back in its whole
+    behind = [position[call] for name, call in calls.items() if index[name] >= one.join]
+    join = min([join, *behind])
+    opaque = {name: call for name, call in calls.items() if is_opaque(call)}
+    for name, gate in opaque.items():
+        if index[name] < one.fork or not ready < position[gate] < join:
+            continue
+        argument = gate_argument(gate, position, position[gate])
+        if argument is None:
+            continue
+        between = opaque.values()
+        last = max((n for n in between if position[gate] <= position[n] < join), key=position.__getitem__)
+        nodes = list(graph.nodes)
+        return gate, argument, nodes[join], _tensor_of(last, position, join)
+    return None
+
+
+def _direct_readers(node: fx.Node) -> set[fx.Node]:
+    """Users of a call, those of its getitems in the place of these."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        found |= set(user.users) if user.target is operator.getitem else {user}
+    return found
+
+
+def _tensor_of(node: fx.Node, position: dict[fx.Node, int], before: int) -> list[fx.Node]:
+    """A tensor that a call makes, as a list; empty if it has none that stands before a place."""
+    if isinstance(node.meta.get("val"), Tensor):
+        return [node]
+    items = [user for user in node.users if user.target is operator.getitem and position[user] < before]
+    return [item for item in items if isinstance(item.meta.get("val"), Tensor)][:1]
+
+
+def _hoist_inputs(node: fx.Node) -> None:
+    """Put the views that a call reads right behind what they are views of."""
+    position = {other: index for index, other in enumerate(node.graph.nodes)}
+    for argument in node.all_input_nodes:
+        chain: list[fx.Node] = []
+        while argument is not base_of(argument) and len(argument.all_input_nodes) == 1:
+            chain.append(argument)
+            argument = argument.all_input_nodes[0]
+        if argument is not base_of(argument):
+            continue
+        last = _last_placeholder(node.graph) if argument.op == "placeholder" else argument
+        for view in reversed(chain):
+            if position[view] > position[last]:
+                last.append(view)
+            last = view
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return list(graph.find_nodes(op="placeholder"))[-1]
+
+
+def _sink(node: fx.Node) -> None:
+    """Put the views of a call's results, and the fused work on them, right before the first that reads it.
+
+    As ``Dag.sunk`` has done with the tasks.
+    """
+    position = {other: index for index, other in enumerate(node.graph.nodes)}
+    for user in sorted(node.users, key=position.__getitem__, reverse=True):
+        if user.op == "call_function" and not is_opaque(user):
+            _sink(user)
+            if user.users:
+                current = {other: index for index, other in enumerate(node.graph.nodes)}
+                min(user.users, key=current.__getitem__).prepend(user)
+
+
+def schedule_patches(
+    patches: dict[str, object], log: ScheduleLog, split: Callable[[fx.Graph], list[Split]] = no_split, key: str = ""
+) -> dict[str, object]:
+    """`patches` (settings for ``torch._inductor.compile``) with the pass before what they have at its place.
+
+    Args:
+        patches: not changed.
+        log: filled while graphs are compiled.
+        split: takes calls apart of which the main stream needs a part early; see ``Split``.
+        key: identity of `split` and of this package's sources, for inductor's caches.
+    """
+    ours = SchedulePass(log, split, key)
+    theirs = patches.get(SEAM)
+    if theirs is None:
+        return {**patches, SEAM: chain_graph_passes(SEAM, ours)}
+    return {**patches, SEAM: _Both(ours, theirs)}
+
+
+class _Both(CustomGraphPass):
+    """One pass, then another (which has the user's own before it)."""
+
+    def __init__(self, first: SchedulePass, second: Any) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Run both."""
+        self.first(graph)
+        self.second(graph)
+
+    def uuid(self) -> Any:
+        """Both identities; None if the other has none."""
+        other = self.second.uuid() if hasattr(self.second, "uuid") else None
+        return None if other is None else (self.first.uuid(), other)
+
+
+def forks(graph: fx.Graph) -> Iterable[str]:
+    """The ops that a graph runs on the side stream, in the order of their forks."""
+    for node in graph.nodes:
+        if node.target is FORK:
+            yield json.loads(str(node.args[1]))[0]

@@ -1,0 +1,88 @@
+"""What is taken apart for a side stream, under Triton's interpreter and on graphs."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from mhc_compile.compat import triton_version
+from mhc_compile.lowering.side import split_coefficients
+from mhc_compile.ops import CoefficientSpec
+
+pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
+
+
+def activate_graph(layout: str = "pre,post,res") -> fx.Graph:
+    """partial -> activate -> pre to a branch, post and res behind it."""
+    from mhc_compile.lowering import coefficients  # noqa: F401  # registers the op
+
+    spec = CoefficientSpec(layout=layout, **({} if "res" in layout else {"res": "none", "sinkhorn": None}))
+    graph = fx.Graph()
+    partial, bias, alpha = (graph.placeholder(name) for name in ("partial", "bias", "alpha"))
+    for node, shape in ((partial, (1, 6, 32)), (bias, (spec.rows,)), (alpha, (1,))):
+        node.meta["val"] = torch.ones(shape, device="meta")
+    alphas = [alpha if part in spec.parts else None for part in ("pre", "post", "res")]
+    with graph.inserting_after(alpha):
+        node = graph.call_function(
+            torch.ops.mhc_kernel.activate.default, (partial, bias, *alphas, 64, *spec.op_arguments().values())
+        )
+    n = spec.streams
+    shapes = [(6, n), (6, n), (6, n, n), (6, spec.rows + 1)]
+    node.meta["val"] = tuple(torch.ones(shape, device="meta") for shape in shapes)
+    parts = []
+    for index, value in enumerate(node.meta["val"]):
+        parts.append(graph.call_function(operator.getitem, (node, index)))
+        parts[-1].meta["val"] = value
+    branch = graph.call_function(torch.ops.aten.neg.default, (parts[0],))
+    branch.meta["val"] = parts[0].meta["val"]
+    graph.output((branch, *parts[1:]))
+    return graph
+
+
+def names(graph: fx.Graph) -> list[str]:
+    return [
+        str(node.target) for node in graph.nodes if node.op == "call_function" and "getitem" not in str(node.target)
+    ]
+
+
+def test_pre_is_made_on_its_own_and_put_back() -> None:
+    graph = activate_graph()
+    before = str(graph)
+    ((late, early, undo),) = split_coefficients(graph)
+    assert names(graph)[:2] == ["mhc_kernel.activate_pre.default", "mhc_kernel.activate.default"]
+    assert [str(user.target) for user in early.users] == ["aten.neg.default"]
+    assert late.name == "activate_default"
+    assert early.meta["val"].shape == (6, 4)
+    graph.lint()
+    undo()
+    assert str(graph) == before
+
+
+def test_nothing_to_take_out() -> None:
+    assert split_coefficients(activate_graph("pre")) == []
+    empty = fx.Graph()
+    empty.output(empty.placeholder("x"))
+    assert split_coefficients(empty) == []
+
+
+def test_the_backward_is_left_alone() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(2, 2)
+    product: fx.Node = graph.call_function(torch.ops.aten.mm.default, (x, x))
+    graph.output(product)
+    assert split_coefficients(graph) == []
+
+
+@pytest.mark.gpu
+def test_every_case_of_the_calibration_runs() -> None:
+    from mhc_compile.lowering.side import side_cases
+
+    for kind, call, size in side_cases(64, 256):
+        result = call()
+        assert size > 0, kind
+        first = result if isinstance(result, Tensor) else result[0]  # type: ignore[index]  # a tuple of tensors
+        assert bool(torch.isfinite(first.float()).all()), kind

@@ -1,0 +1,188 @@
+"""The assignment on hand-made programs with a known optimum, and the clock it believes in."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhc_compile.scheduler.assign import Move, assign, place, play
+from mhc_compile.scheduler.contention import Contention, Pair
+from mhc_compile.scheduler.dag import Dag, Task
+
+
+def table(hidden: float, stretch: float = 1.0, *mains: str) -> Contention:
+    """Every main kind beside the kind ``s`` of 100 bytes."""
+    kinds = mains or ("matmul", "attention", "memory", "communication")
+    return Contention("test", tuple(Pair(main, "s", 100, False, 1.0, 1.0, hidden, stretch) for main in kinds))
+
+
+def side(name: str, seconds: float) -> Task:
+    return Task(name, seconds, "s", 100)
+
+
+def movable(task: Task) -> bool:
+    return task.kind == "s"
+
+
+def gradient(seconds: float = 1.0) -> Dag:
+    """m1 (4), then s, which nothing reads, then m2 (4)."""
+    return Dag([Task("m1", 4.0, "matmul"), side("s", seconds), Task("m2", 4.0, "matmul")], [("m1", "s"), ("m1", "m2")])
+
+
+def between() -> Dag:
+    """c (1) -> branch (4) -> post (1), and c -> s (2) -> post: Sinkhorn beside the branch."""
+    tasks = [Task("c", 1.0), side("s", 2.0), Task("branch", 4.0, "matmul"), Task("post", 1.0)]
+    return Dag(tasks, [("c", "s"), ("c", "branch"), ("s", "post"), ("branch", "post")])
+
+
+@pytest.mark.parametrize(
+    ("hidden", "stretch", "seconds"),
+    [(1.0, 1.0, 8.0), (0.5, 1.0, 8.5), (0.5, 2.0, 8.5), (1.0, 3.0, 8.0), (0.0, 2.0, 9.0)],
+)
+def test_a_hidden_part_is_gained(hidden: float, stretch: float, seconds: float) -> None:
+    moves = [Move("s", 2, 3)]
+    assert play(gradient(), moves, table(hidden, stretch))[0] == pytest.approx(seconds)
+
+
+def test_a_pair_that_loses_makes_the_program_longer() -> None:
+    assert play(gradient(), [Move("s", 2, 3)], table(-1.0))[0] == pytest.approx(10.0)
+
+
+def test_what_was_not_measured_is_one_stream() -> None:
+    assert play(gradient(), [Move("s", 2, 3)], Contention("test"))[0] == pytest.approx(9.0)
+    plan = assign(gradient(), movable, Contention("test"))
+    assert plan.moves == []
+    assert plan.reason == "nothing was measured of s"
+    assert assign(Dag([Task("m", 1.0)]), movable, table(1.0)).reason == "no call of this graph can move"
+
+
+def test_a_gradient_that_nobody_reads_runs_beside_what_follows() -> None:
+    plan = assign(gradient(), movable, table(1.0))
+    assert [move.task for move in plan.moves] == ["s"]
+    assert (plan.serial, plan.predicted) == (9.0, 8.0)
+    assert plan.gain == pytest.approx(1 / 9)
+    assert {one.stream for one in plan.timeline} == {"main", "side"}
+
+
+def test_side_work_before_a_reader_runs_beside_the_branch() -> None:
+    plan = assign(between(), movable, table(1.0, 1.5))
+    assert plan.predicted == pytest.approx(6.0)
+    assert plan.moves[0].join == 3, "done before post"
+
+
+def test_a_side_task_longer_than_its_window_is_waited_for() -> None:
+    dag = Dag([Task("c", 1.0), side("s", 6.0), Task("branch", 4.0, "matmul"), Task("post", 1.0)], between().graph.edges)
+    seconds, timeline = play(dag, [Move("s", 2, 3)], table(1.0))
+    assert seconds == pytest.approx(8.0)
+    assert [one.name for one in timeline if one.stream == "wait"] == ["s"]
+
+
+def test_a_gain_that_is_noise_is_not_taken() -> None:
+    plan = assign(gradient(0.01), movable, table(1.0))
+    assert plan.moves == []
+    assert "below" in plan.reason
+    assert plan.predicted == plan.serial
+    assert assign(gradient(0.01), movable, table(1.0), least_gain=0.0).moves != []
+
+
+def test_priority_asks_for_its_own_measurement() -> None:
+    assert assign(gradient(), movable, table(1.0), priority=True).moves == []
+
+
+def test_a_replay_starts_as_late_as_it_fits() -> None:
+    """Ready at the start, read at the end: it is put beside the last branch that is long enough, not the first."""
+    tasks = [side("replay", 2.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
+    chain = [(f"m{i}", f"m{i + 1}") for i in range(3)]
+    dag = Dag(tasks, [*chain, ("m3", "read"), ("replay", "read")])
+    move = place(dag, "replay", table(1.0))
+    assert move == Move("replay", 4, 5)
+    assert assign(dag, movable, table(1.0)).predicted == pytest.approx(13.0)
+
+
+def test_a_replay_reaches_back_over_as_many_tasks_as_it_needs() -> None:
+    tasks = [side("replay", 4.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
+    dag = Dag(tasks, [*((f"m{i}", f"m{i + 1}") for i in range(3)), ("m3", "read"), ("replay", "read")])
+    assert place(dag, "replay", table(1.0)) == Move("replay", 3, 5)
+
+
+def test_nothing_to_run_beside() -> None:
+    dag = Dag([Task("a", 1.0), side("s", 1.0), Task("b", 1.0)], [("a", "s"), ("s", "b")])
+    assert place(dag, "s", table(1.0)) is None
+
+
+def test_a_part_made_early_counts_only_if_the_rest_moves() -> None:
+    tasks = [Task("early", 0.5), side("s", 2.0), Task("branch", 4.0, "matmul"), Task("post", 1.0)]
+    dag = Dag(tasks, [("early", "branch"), ("s", "post"), ("branch", "post")])
+    plan = assign(dag, movable, table(1.0), extra={"s": "early"})
+    assert (plan.serial, plan.predicted) == (7.0, 5.5)
+    plan = assign(dag, movable, table(0.1), extra={"s": "early"})
+    assert plan.moves == [], "0.2 hidden, 0.5 more to do"
+    assert plan.predicted == 7.0
+
+
+def communicating(*between_start_and_wait: Task) -> Dag:
+    """m (1) -> reduce (4, on the network) -> wait; s (2) hangs on m."""
+    tasks = [
+        Task("m", 1.0, "matmul"), Task("reduce", 4.0, "communication"), side("s", 2.0), *between_start_and_wait,
+        Task("wait", 0.0, "wait"), Task("end", 1.0),
+    ]  # fmt: skip
+    return Dag(tasks, [("m", "reduce"), ("m", "s"), ("reduce", "wait"), ("wait", "end"), ("s", "end")])
+
+
+def test_communication_runs_beside_the_program() -> None:
+    assert play(communicating(), [], Contention("test"))[0] == pytest.approx(6.0), "s is under the reduce already"
+    seconds, timeline = play(communicating(Task("x", 3.0, "matmul")), [], Contention("test"))
+    assert seconds == pytest.approx(7.0)
+    assert [one.stream for one in timeline if one.name == "reduce"] == ["communication"]
+
+
+def test_side_work_is_placed_under_communication() -> None:
+    """s stands before the reduce starts: on one stream it delays it, on the side it runs under it."""
+    tasks = [
+        Task("m", 1.0, "matmul"), side("s", 2.0), Task("n", 1.0, "matmul"), Task("reduce", 4.0, "communication"),
+        Task("wait", 0.0, "wait"), Task("end", 1.0),
+    ]  # fmt: skip
+    dag = Dag(tasks, [("m", "s"), ("m", "n"), ("n", "reduce"), ("reduce", "wait"), ("wait", "end"), ("s", "end")])
+    plan = assign(dag, movable, table(0.8, 1.25, "communication"))
+    assert plan.serial == pytest.approx(9.0)
+    assert plan.predicted == pytest.approx(7.0 + 0.4)
+    assert [move.task for move in plan.moves] == ["s"]
+    assert assign(dag, movable, Contention("test")).moves == []
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Dag:
+    """A main chain with side tasks that hang on a task of it and are read by a later one, or by none."""
+    length = draw(st.integers(2, 5))
+    tasks, edges = [], []
+    for index in range(length):
+        tasks.append(Task(f"m{index}", draw(st.integers(1, 5)), draw(st.sampled_from(["matmul", "memory"]))))
+        if index:
+            edges.append((f"m{index - 1}", f"m{index}"))
+        if draw(st.booleans()):
+            tasks.append(side(f"s{index}", draw(st.integers(1, 4))))
+            edges.append((f"m{index}", f"s{index}"))
+            reader = draw(st.integers(index + 1, length))
+            if reader < length:
+                edges.append((f"s{index}", f"m{reader}"))
+    return Dag(tasks, edges)
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(), st.sampled_from([-0.5, 0.0, 0.5, 1.0]), st.sampled_from([1.0, 2.0]))
+def test_plans_are_never_predicted_slower_and_near_the_best_subset(dag: Dag, hidden: float, stretch: float) -> None:
+    contention = table(hidden, stretch)
+    plan = assign(dag, movable, contention, least_gain=0.0)
+    assert plan.predicted <= plan.serial + 1e-9
+    assert plan.predicted >= dag.span() - 1e-9
+    assert plan.predicted == pytest.approx(play(dag, plan.moves, contention)[0])
+    if hidden <= 0:
+        assert plan.moves == []
+    places = [move for task in dag.tasks.values() if movable(task) if (move := place(dag, task.name, contention))]
+    subsets = itertools.chain.from_iterable(itertools.combinations(places, size) for size in range(len(places) + 1))
+    best = min(play(dag, subset, contention)[0] for subset in subsets)
+    saved = plan.serial - best
+    assert plan.serial - plan.predicted >= 0.75 * saved - 1e-9

@@ -1,0 +1,228 @@
+"""The pass on graphs: what it moves and where, when it leaves a graph alone, and its identity for the caches."""
+
+from __future__ import annotations
+
+import json
+import operator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mhc_compile.scheduler import contention as contention_of
+from mhc_compile.scheduler import emit, schedule
+from mhc_compile.scheduler.contention import Contention, Pair
+from mhc_compile.scheduler.schedule import ScheduleLog, SchedulePass, forks, plan_graph, schedule_patches, using
+from tests.scheduler.graphs import SIDE, Step, compiled, greedy_buffers, side
+
+
+def table(hidden: float = 1.0, kind: str = "mhc_test.side", seconds: float = 5e-6) -> Contention:
+    """Everything beside `kind`, of every size."""
+    sizes = [10 * 4**power for power in range(10)]
+    mains = ("matmul", "attention", "memory", "communication")
+    return Contention("test", tuple(Pair(m, kind, s, False, 1e-5, seconds, hidden, 1.0) for m in mains for s in sizes))
+
+
+def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """A branch with side work that is read behind it, and side work that nobody reads."""
+    u = x @ w
+    first, sums = side(u, w, 2.0)
+    branch = torch.relu(u @ w) @ w
+    out = branch + first
+    gradient, _ = side(out, w, 1.0)
+    end = (out @ w).relu() @ w
+    return end + sums, gradient.t()
+
+
+def graph_of(function: Any, *inputs: Tensor) -> fx.GraphModule:
+    traced: fx.GraphModule = make_fx(function, tracing_mode="fake")(*inputs)
+    return traced
+
+
+def calls(graph: fx.Graph) -> list[str]:
+    return [
+        str(node.target).removesuffix(".default").split(".", 1)[1] if "mhc" in str(node.target) else str(node.target)
+        for node in graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem
+    ]
+
+
+def test_side_work_is_moved_and_the_graph_computes_the_same() -> None:
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    gm = graph_of(model, x, w)
+    plan = plan_graph(gm.graph, table(), forced=True)
+    gm.graph.lint()
+    gm.recompile()
+    assert len(plan.moves) == 2
+    assert list(forks(gm.graph)) == ["mhc_test.side.default"] * 2
+    with emit.deferred():
+        late = gm(x, w)
+    for got, again, want in zip(gm(x, w), late, model(x, w), strict=True):
+        assert torch.equal(got, want)
+        assert torch.equal(again, want)
+    order = calls(gm.graph)
+    first, last = order.index("fork"), order.index("join")
+    assert "aten.mm.default" in order[first:last], "the branch runs between"
+    assert order.index("fork", last) < len(order) - 1 - order[::-1].index("join")
+
+
+def test_views_of_results_go_behind_the_join_and_views_of_inputs_before_the_fork() -> None:
+    def viewed(x: Tensor, w: Tensor) -> Tensor:
+        u = (x @ w) @ w
+        out, _ = side(u.t(), w, 2.0)
+        seen = out.t().reshape(4, 16)
+        return ((x @ x) @ w).reshape(4, 16) @ w.reshape(16, 4) @ seen
+
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    gm = graph_of(viewed, x, w)
+    plan_graph(gm.graph, table(), forced=True)
+    gm.graph.lint()
+    gm.recompile()
+    assert list(forks(gm.graph)) == ["mhc_test.side.default"]
+    with emit.deferred():
+        assert torch.equal(gm(x, w), viewed(x, w))
+
+
+@pytest.mark.parametrize("contention", [table(-0.5), table(0.0), Contention("test"), table(1.0, "mhc_test.other")])
+def test_a_graph_without_a_gain_is_left_as_it_was(contention: Contention) -> None:
+    gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
+    before = str(gm.graph)
+    plan = plan_graph(gm.graph, contention)
+    assert str(gm.graph) == before
+    assert plan.moves == []
+    assert plan.reason
+
+
+def test_where_the_host_is_the_bottleneck_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
+    monkeypatch.setattr(schedule, "HOST_SECONDS", 1.0)
+    plan = plan_graph(gm.graph, table())
+    assert "the host is the bottleneck" in plan.reason
+    assert list(forks(gm.graph)) == []
+    from torch._inductor import config
+
+    with config.patch({"triton.cudagraphs": True}):
+        assert plan_graph(gm.graph, table()).moves
+
+
+def test_an_autotuned_matmul_stays_where_inductor_tunes_it() -> None:
+    from torch._inductor import config
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    wide = graph.call_function(torch.ops.aten.mm.dtype, (x, x, torch.float32))
+    wide.meta["val"] = torch.ones(4, 4)
+    plain = graph.call_function(torch.ops.aten.mm.default, (x, x))
+    plain.meta["val"] = x.meta["val"]
+    task = schedule.Task("wide", 1.0, "aten.mm.dtype", 96, [wide])
+    assert schedule.movable(task)
+    assert not schedule.movable(schedule.Task("plain", 1.0, "matmul", 96, [plain]))
+    with config.patch(max_autotune=True):
+        assert not schedule.movable(task)
+
+
+def test_a_part_is_taken_out_only_where_the_rest_moves() -> None:
+    """Whatever is split and not moved is put back."""
+
+    def split(graph: fx.Graph) -> list[schedule.Split]:
+        found: list[schedule.Split] = []
+        for node in list(graph.find_nodes(op="call_function", target=SIDE)):
+            with graph.inserting_before(node):
+                early = graph.call_function(torch.ops.aten.sum.dim_IntList, (node.args[0], [0]))
+            sums = next((user for user in node.users if user.args[1] == 1), None)
+            if sums is None:
+                graph.erase_node(early)
+                continue
+            early.meta["val"] = sums.meta["val"]
+            sums.replace_all_uses_with(early)
+
+            def undo(sums: fx.Node = sums, early: fx.Node = early) -> None:
+                early.replace_all_uses_with(sums)
+                graph.erase_node(early)
+
+            found.append((node, early, undo))
+        return found
+
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    gm = graph_of(model, x, w)
+    before = calls(gm.graph)
+    plan_graph(gm.graph, table(-1.0), split=split)
+    assert calls(gm.graph) == before
+    plan_graph(gm.graph, table(1.0, seconds=1e-3), split=split)
+    assert "aten.sum.dim_IntList" in calls(gm.graph)
+    gm.graph.lint()
+
+
+def test_the_pass_needs_a_calibrated_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MHC_COMPILE_CACHE_DIR", str(tmp_path))
+    log = ScheduleLog()
+    gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
+    before = str(gm.graph)
+    SchedulePass(log, schedule.no_split, "")(gm.graph)
+    assert str(gm.graph) == before
+    assert log.lines() == ["one stream: no CUDA device"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "gpu")
+    assert schedule.available()[1] == "gpu has not been calibrated (python -m mhc_compile calibrate)"
+    contention_of.save(table().__class__("gpu", table().pairs))
+    found, reason = schedule.available()
+    assert found is not None
+    assert not reason
+
+
+def test_identity_follows_what_the_plan_is_made_from() -> None:
+    log = ScheduleLog()
+    with using(table()):
+        first = SchedulePass(log, schedule.no_split, "a").uuid()
+        assert first == SchedulePass(ScheduleLog(), schedule.no_split, "a").uuid()
+        assert first != SchedulePass(log, schedule.no_split, "b").uuid()
+    with using(table(0.3)):
+        assert first != SchedulePass(log, schedule.no_split, "a").uuid()
+    assert first != SchedulePass(log, schedule.no_split, "a").uuid()
+    json.dumps(first)
+
+
+def test_the_pass_stands_before_what_was_there() -> None:
+    seen: list[str] = []
+
+    class Other(Step):
+        def uuid(self) -> Any:
+            return "other"
+
+    log = ScheduleLog()
+    with using(table()):
+        patches = schedule_patches({schedule.SEAM: Other(lambda graph: seen.extend(forks(graph))), "x": 1}, log)
+        alone = schedule_patches({}, log)
+    gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
+    both: Any = patches[schedule.SEAM]
+    both(gm.graph)
+    assert seen == ["mhc_test.side.default"] * 2
+    assert patches["x"] == 1
+    assert both.uuid()[1] == "other"
+    assert isinstance(alone[schedule.SEAM], SchedulePass)
+
+
+@pytest.mark.slow
+def test_through_inductor_with_gradients() -> None:
+    """The whole way: planned by the pass itself on inductor's own graph, both ends of time, the bits of no plan."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return greedy_buffers(x, w)
+
+    x, w = torch.randn(32, 32), torch.randn(32, 32) / 6
+    log = ScheduleLog()
+    with using(table(), least_gain=0.0), torch.no_grad():
+        on = compiled(function, SchedulePass(log, schedule.no_split, "test"))
+        got = on(x, w)
+        with emit.deferred():
+            late = on(x, w)
+    assert log.plans
+    assert log.plans[0].moves
+    with torch.no_grad():
+        off = compiled(function, Step(lambda graph: None))(x, w)
+    assert torch.equal(got, off)
+    assert torch.equal(late, off)
