@@ -214,7 +214,12 @@ class Options:
     )
     rewrite: bool = _option(True, Flag(), "Find residual adds and widen them.")
     raise_patterns: bool = _option(True, Flag(), "Find hand-written hyper-connections and replace them by our ops.")
-    fuse: bool = _option(True, Flag(), "Fuse what neighbouring ops have in common into one kernel.")
+    fuse: bool = _option(
+        True,
+        Flag(),
+        "Fuse what neighbouring ops have in common into one kernel, and the norm that a branch begins with into the op "
+        "that reads the streams.",
+    )
     recompute: str | int = _option(
         "off",
         Bytes(("off", "memory", "speed")),

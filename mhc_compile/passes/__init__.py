@@ -2,14 +2,15 @@
 
 from mhc_compile.passes.base import Pass, PassContext, PassResult, Refusal, run_pass
 from mhc_compile.passes.find_sites import find_sites
+from mhc_compile.passes.fold_norms import fold_norms
 from mhc_compile.passes.fragment import check_fragment
 from mhc_compile.passes.raise_chains import raise_chains
 from mhc_compile.passes.recompute import recompute
 from mhc_compile.passes.respell import respell
 from mhc_compile.passes.widen import widen
 
-ORDER: tuple[Pass, ...] = (raise_chains, respell, find_sites, check_fragment, widen, recompute)
+ORDER: tuple[Pass, ...] = (raise_chains, respell, find_sites, check_fragment, widen, recompute, fold_norms)
 """THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds; then
-what is kept of all of them for the backward."""
+what is kept of all of them for the backward; and last, what one kernel does of what is left."""
 
 __all__ = ["ORDER", "Pass", "PassContext", "PassResult", "Refusal", "run_pass"]

@@ -11,7 +11,8 @@
     channel_pre   pre-apply with a gate for every channel
     collapse      expansion to n streams, mean and sum over them
 
-``passes.raise_chains`` runs them in this order.
+``passes.raise_chains`` runs them in this order. ``pre_norm`` finds the norm that a branch begins with, for
+``passes.fold_norms``.
 """
 
 from mhc_compile.patterns.base import MAX_STREAMS, Candidate, Refused

@@ -195,7 +195,8 @@ def writes(node: fx.Node) -> bool:
 # --- what it means ---------------------------------------------------------------------------------------------------
 
 
-def _bind(node: fx.Node, parameters: str) -> dict[str, Any]:
+def bind(node: fx.Node, parameters: str) -> dict[str, Any]:
+    """The arguments of a node by the names of its function's parameters, in the order they are given."""
     names = parameters.split()
     bound = dict(zip(names, map(_known, node.args), strict=False))
     bound.update({name: _known(argument) for name, argument in node.kwargs.items()})
@@ -244,7 +245,7 @@ def read(node: Any) -> Op | None:
     if reader is None:
         return None
     try:
-        op = reader(node, kind, _bind(node, parameters))
+        op = reader(node, kind, bind(node, parameters))
     except (KeyError, IndexError, TypeError, ValueError):
         return None  # a form of the arguments that torch takes and this table does not know
     if op is None or not inplace:
@@ -434,7 +435,7 @@ def _read_piece(pieces: fx.Node, index: int) -> Op | None:
     name, _ = called_name(pieces)
     if name not in ("split", "chunk", "tensor_split", "split_with_sizes", "max"):
         return None
-    bound = _bind(pieces, _SIGNATURES[name][1])
+    bound = bind(pieces, _SIGNATURES[name][1])
     source = bound["input"]
     dims = _positive(bound.get("dim", 0), value(source).dim())
     if name == "max":

@@ -17,6 +17,7 @@ from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import LowerPass
 from mhc_compile.passes import PassContext
 from mhc_compile.passes.recompute import PLAN_KEY, RecomputeResult, plan_key, recompute
+from mhc_compile.report import CompileReport
 from tests.passes.models import WIDTH, Block, Stack, conversions, tokens
 
 STATE = 2 * 5 * 4 * WIDTH * 4
@@ -40,6 +41,11 @@ class SpelledNorm(nn.Module):
 def model(layers: int, norm: type[nn.Module] = SpelledNorm, body: Any = None) -> nn.Module:
     torch.manual_seed(3)
     return Stack([Block(norm=norm) for _ in range(layers)], body)
+
+
+def plan_of(report: CompileReport) -> RecomputeResult:
+    """What the pass says."""
+    return next(result for result in report.passes if isinstance(result, RecomputeResult))
 
 
 class Run:
@@ -67,7 +73,7 @@ class Run:
         wanted = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
         loss = self.output.square().mean() + (self.output * 0.3).sum()
         self.gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        self.result: RecomputeResult = self.conversion.report.passes[-1]  # type: ignore[assignment]  # the last pass
+        self.result = plan_of(self.conversion.report)
 
     def _see(self, name: str, graph: fx.GraphModule) -> Any:
         self.graphs[name] = graph.graph
@@ -183,7 +189,7 @@ def test_off_and_graphs_without_gradients_are_left_alone() -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model(1), backend=backend)(tokens())
-    result = seen[0].report.passes[-1]
+    result = plan_of(seen[0].report)
     assert result.changed == 0
     assert "no gradient" in result.notes[0]
 
@@ -249,7 +255,7 @@ def results(layers: int, *settings: dict[str, Any]) -> list[RecomputeResult]:
     """What the pass says about one model under several settings; nothing is compiled."""
     _, _, outcomes = conversions(model(layers), [tokens()], settings)
     assert all(isinstance(outcome, Conversion) for outcome in outcomes), outcomes
-    return [outcome.report.passes[-1] for outcome in outcomes]
+    return [plan_of(outcome.report) for outcome in outcomes]
 
 
 def test_bytes_bound_what_is_kept() -> None:
@@ -278,7 +284,7 @@ def test_speed_replays_only_what_does_not_fit() -> None:
 
 def test_no_replay_where_it_cannot_lower_the_peak() -> None:
     _, _, (outcome,) = conversions(model(1), [tokens(1, 1, 3)], [{"recompute": "memory"}])
-    result = outcome.report.passes[-1]
+    result = plan_of(outcome.report)
     assert result.changed == 0
     assert "elsewhere" in result.notes[0]
     assert result.peak == result.peak_without
@@ -299,7 +305,7 @@ def test_the_table_adds_up() -> None:
 def test_the_report_has_a_line_a_block() -> None:
     _, _, (outcome, off) = conversions(model(4), [tokens()], [{"recompute": 3 * STATE}, {}])
     text = str(outcome.report)
-    result = outcome.report.passes[-1]
+    result = plan_of(outcome.report)
     assert f"predicted peak {result.peak / 1024:.1f} KiB" in text
     starts = [0, *kept_of(result)]
     for first, after in itertools.pairwise([*starts, 8]):
@@ -323,7 +329,7 @@ def test_running_it_again_changes_nothing() -> None:
     _, _, (outcome,) = conversions(model(3), [tokens()], [{"recompute": "memory"}])
     before = plan_key(outcome.gm)
     ctx = PassContext(Options(recompute="memory"), is_parameter=lambda node: "parameters" in node.name)
-    assert recompute(outcome.gm, ctx).changed == outcome.report.passes[-1].changed
+    assert recompute(outcome.gm, ctx).changed == plan_of(outcome.report).changed
     assert plan_key(outcome.gm) == before
 
 
@@ -366,7 +372,7 @@ def test_bits_with_inductor() -> None:
         return [output.detach(), *(p.grad for p in module.parameters())]
 
     off, run = step(model(2)), step(model(2), recompute=2 * STATE)
-    assert backend.reports[-1].passes[-1].changed > 0
+    assert plan_of(backend.reports[-1]).changed > 0
     assert len(off) == len(run)
     for one, other in zip(off, run, strict=True):
         assert torch.equal(one, other)
@@ -389,7 +395,7 @@ def test_bits_of_a_native_model() -> None:
         return [output.detach(), *(parameter.grad for parameter in module.parameters())]
 
     off, run = step(), step(recompute=3 * 2 * 8 * 4 * 32 * 4)
-    result = backend.reports[-1].passes[-1]
+    result = plan_of(backend.reports[-1])
     assert [row.state for row in result.rows].count("kept") == 2
     assert len(result.rows) == 5  # four sites and the head
     for one, other in zip(off, run, strict=True):
