@@ -20,10 +20,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mhc_compile import ops
 from mhc_compile.compat import chain_graph_passes, triton_version
+from mhc_compile.ops.base import compute_dtype
 
-from . import kernels
+from . import kernels, opaque
 from .base import BACKWARD_TARGETS, FORWARD_TARGETS, TARGETS, LoweringLog, arguments, device_of, options_key
-from .inline import replace_by_function
+from .inline import Bodies, replace_by_function
 
 SINKHORN_INLINE_STEPS = 6
 """Longer Sinkhorn loops stay one opaque call where the native body is traced: unrolled into a graph, 40 steps
@@ -51,23 +52,39 @@ def _traced_sinkhorn_backward(grad: Tensor, logits: Tensor, **attributes: Any) -
 
 
 def _coefficients_body(*args: Any) -> Any:
-    from mhc_compile.ops.coefficients import native_spec, split_arguments
+    from mhc_compile.ops.coefficients import activate, native_spec, split_arguments
 
     x, phi, bias, alphas, spec = split_arguments(args)
-    return native_spec(x, phi, bias, alphas, spec, sinkhorn=_traced_sinkhorn)
+    return native_spec(x, phi, bias, alphas, spec, functools.partial(activate, sinkhorn=_traced_sinkhorn))
 
 
 def _coefficients_backward_body(*args: Any) -> Any:
-    from mhc_compile.ops.coefficients import native_backward_spec, split_backward_arguments
+    from mhc_compile.ops.coefficients import native_backward_spec, small_gradients, split_backward_arguments
 
     grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
-    return native_backward_spec(
-        grads, x, phi, bias, alphas, projection, spec, needs, sinkhorn_backward=_traced_sinkhorn_backward
-    )
+    small = functools.partial(small_gradients, sinkhorn_backward=_traced_sinkhorn_backward)
+    return native_backward_spec(grads, x, phi, bias, alphas, projection, spec, needs, small)
+
+
+def _post_backward_body(
+    grad: Tensor, streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The native backward of post with dH as one reduction: run eagerly it would hold [..., n, n, C], compiled it holds
+    nothing, and n reductions and their concatenation are 2n + 1 nodes a site for inductor to schedule."""
+    rest = [*needs[:3], False]
+    dx, dy, d_post, d_res = ops.post.native_backward(grad, streams, y, h_post, h_res, transpose, rest)
+    if needs[3] and h_res is not None:
+        dtype = compute_dtype(streams, y, h_post, h_res, grad)
+        g, x = grad.to(dtype), streams.to(dtype)
+        rows, columns = (x, g) if transpose else (g, x)
+        d_res = (rows.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1).to(h_res.dtype)
+    return dx, dy, d_post, d_res
 
 
 def native_body(name: str) -> Callable[..., Any]:
     """The plain PyTorch function that is traced for an op; coefficients keep their Sinkhorn as an op of its own."""
+    if name == "post_backward":
+        return _post_backward_body
     if name == "coefficients":
         return _coefficients_body
     if name == "coefficients_backward":
@@ -84,20 +101,30 @@ def opaque_reason(name: str, named: dict[str, Any]) -> str:
     return ""
 
 
+def _small_part_is_opaque(name: str, named: dict[str, Any]) -> bool:
+    """On the CPU, coefficients whose Sinkhorn is one call anyway: what is computed from K numbers a token joins it. It
+    is little work at run time and most of what inductor would have to schedule."""
+    device = device_of(named)
+    if name not in opaque.BODIES or device is None or device.type != "cpu":
+        return False
+    return named["res"] == "sinkhorn" and named["sinkhorn_steps"] > SINKHORN_INLINE_STEPS
+
+
 def lower(graph: fx.Graph, options: Any, log: LoweringLog) -> int:
     """Lower every `mhc::` node of `graph`; returns how many. Raises where `lowering='triton'` and a kernel refuses."""
     mode = getattr(options, "lowering", "auto")
+    bodies: Bodies = {}
     count = 0
     while True:
         pending = [node for node in graph.nodes if node.target in TARGETS and "mhc_opaque" not in node.meta]
         if not pending:
             return count
         for node in pending:
-            _lower_node(node, mode, log)
+            _lower_node(node, mode, log, bodies)
             count += 1
 
 
-def _lower_node(node: fx.Node, mode: str, log: LoweringLog) -> None:
+def _lower_node(node: fx.Node, mode: str, log: LoweringLog, bodies: Bodies) -> None:
     name, named = TARGETS[node.target], arguments(node)
     reason = "lowering='native'" if mode == "native" else kernels.refusal(name, named)
     if not reason:
@@ -106,12 +133,16 @@ def _lower_node(node: fx.Node, mode: str, log: LoweringLog) -> None:
         return
     if mode == "triton":
         raise RuntimeError(f"lowering='triton', but mhc::{name} on {device_of(named)} has no kernel: {reason}")
-    opaque = opaque_reason(name, named)
-    if opaque:
+    whole = opaque_reason(name, named)
+    if whole:
         node.meta["mhc_opaque"] = True
-        log.record(name, "native", f"triton: {reason}; inductor: {opaque}")
+        log.record(name, "native", f"triton: {reason}; inductor: {whole}")
         return
-    replace_by_function(node, native_body(name), list(named.values()))
+    body = native_body(name)
+    if _small_part_is_opaque(name, named):
+        body = opaque.BODIES[name]
+        reason += "; gates and Sinkhorn are one call of the native body"
+    replace_by_function(node, body, list(named.values()), bodies=bodies)
     log.record(name, "inductor", reason)
 
 
@@ -157,7 +188,7 @@ class LaunchPass(CustomGraphPass):
         return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted())
 
 
-def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = False) -> dict[str, object]:
+def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = True) -> dict[str, object]:
     """Settings for `torch._inductor.compile(..., options=...)` that lower our ops; a pass the user has set runs first.
 
     `options` is `config.Options`; `log` collects op, provider and reason while graphs are compiled (empty on a cache

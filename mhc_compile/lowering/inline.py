@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -73,8 +74,42 @@ def replace(node: fx.Node, outputs: Any) -> None:
     node.graph.erase_node(node)
 
 
-def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Sequence[Any], prune: bool = True) -> None:
-    """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs."""
+Bodies = dict[Any, fx.GraphModule]
+"""Traced bodies by what they were traced from."""
+
+
+def signature(function: Callable[..., Any], spec: object, flat: Sequence[Any]) -> Any:
+    """What two calls of `function` have in common if one traced body serves both: literals, shapes, strides, dtypes,
+    devices, and which of the arguments are one node."""
+    nodes: dict[fx.Node, int] = {}
+    described: list[Any] = []
+    for value in flat:
+        if not isinstance(value, fx.Node):
+            described.append((type(value), value))
+            continue
+        own = value.meta["val"]
+        known: Any = str(own)
+        if isinstance(own, torch.Tensor):
+            known = (own.dtype, own.device, str(tuple(own.shape)), str(own.stride()), str(own.storage_offset()))
+        described.append((nodes.setdefault(value, len(nodes)), known))
+    return function, str(spec), tuple(described)
+
+
+def _renew(copies: Sequence[fx.Node]) -> None:
+    """Give copies of a body's nodes fake values of their own: a value that two nodes share makes them one for whoever
+    traces or compares by value."""
+    for node in copies:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # an ATen overload
+
+
+def replace_by_function(
+    node: fx.Node, function: Callable[..., Any], args: Sequence[Any], prune: bool = True, bodies: Bodies | None = None
+) -> None:
+    """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs.
+
+    With `bodies`, what was traced for another node of the same signature is copied.
+    """
     flat, spec = pytree.tree_flatten(list(args))
     positions = [index for index, value in enumerate(flat) if isinstance(value, fx.Node)]
 
@@ -85,8 +120,29 @@ def replace_by_function(node: fx.Node, function: Callable[..., Any], args: Seque
         return function(*pytree.tree_unflatten(filled, spec))
 
     nodes = [flat[index] for index in positions]
-    body = trace(closed, nodes, prune)
-    replace(node, inline(node.graph, node, body, nodes))
+    key = None if bodies is None else signature(function, spec, flat)
+    body = None if bodies is None else bodies.get(key)
+    if body is None:
+        body = trace(closed, nodes, prune)
+        replace(node, inline(node.graph, node, body, nodes))
+        if bodies is not None:
+            bodies[key] = body
+        return
+    before = node.prev
+    outputs = inline(node.graph, node, body, nodes)
+    mode = next((own.fake_mode for source in nodes if isinstance(own := source.meta["val"], FakeTensor)), None)
+    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+        _renew(_between(before, node))
+    replace(node, outputs)
 
 
-__all__ = ["fake", "inline", "replace", "replace_by_function", "trace"]
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes after `first` and before `last`."""
+    nodes, node = [], first.next
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+__all__ = ["Bodies", "fake", "inline", "replace", "replace_by_function", "signature", "trace"]

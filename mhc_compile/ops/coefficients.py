@@ -10,6 +10,7 @@ cost n u. Least traffic: n u forward; backward 2n u for dX (read X, write dX) an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from .base import SemanticOp, check_streams, compute_dtype, unneeded, without_autocast
 from .sinkhorn import native as sinkhorn_native
 from .sinkhorn import native_backward as sinkhorn_native_backward
+from .sinkhorn import run as sinkhorn_run
+from .sinkhorn import run_backward as sinkhorn_run_backward
 from .spec import CoefficientSpec
 
 NEEDS = ("streams", "phi", "bias", "alpha_pre", "alpha_post", "alpha_res")
@@ -65,7 +68,7 @@ def activate(
     bias: Tensor,
     alphas: dict[str, Tensor | None],
     spec: CoefficientSpec,
-    sinkhorn: Callable[..., Tensor],
+    sinkhorn: Callable[..., Tensor] = sinkhorn_native,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """projection [..., K + 1] -> (pre [..., n], post [..., n], res [..., n, n]); absent parts have a last dim of 0."""
     dtype, n, batch = projection.dtype, spec.streams, projection.shape[:-1]
@@ -96,19 +99,18 @@ def native_spec(
     bias: Tensor,
     alphas: dict[str, Tensor | None],
     spec: CoefficientSpec,
-    sinkhorn: Callable[..., Tensor] = sinkhorn_native,
+    activation: Callable[..., tuple[Tensor, Tensor, Tensor]] = activate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(pre, post, res, projection), the attributes given as a spec. `sinkhorn` lets a tracer keep the inner op as one
-    node."""
+    """(pre, post, res, projection), the attributes given as a spec. `activation` stands for `activate`: a tracer keeps
+    it, or the Sinkhorn in it, as one node."""
     _check(streams, phi, bias, spec)
     projection = project(streams, phi, spec, compute_dtype(streams, phi, bias, *alphas.values()))
-    return (*activate(projection, bias, alphas, spec, sinkhorn), projection)
+    return (*activation(projection, bias, alphas, spec), projection)
 
 
-def _scale_of_rms(streams: Tensor, r: Tensor, spec: CoefficientSpec) -> Tensor | None:
-    """dr/dx divided by x, [..., 1]: the norm's gradient is a multiple of x itself. None where r does not depend on
-    x."""
-    size = streams.shape[-2] * streams.shape[-1]
+def _scale_of_rms(size: int, r: Tensor, spec: CoefficientSpec) -> Tensor | None:
+    """dr/dx divided by x, [..., 1], for x of `size` elements: the norm's gradient is a multiple of x itself. None where
+    r does not depend on x."""
     if spec.norm == "rms":
         return 1.0 / (size * r)
     if spec.norm == "rms_outside":
@@ -151,6 +153,41 @@ def logit_gradients(
     return torch.cat(pieces, -1), z
 
 
+def small_gradients(
+    grads: dict[str, Tensor | None],
+    projection: Tensor,
+    bias: Tensor,
+    alphas: dict[str, Tensor | None],
+    spec: CoefficientSpec,
+    size: int,
+    needs: Sequence[bool],
+    sinkhorn_backward: Callable[..., Tensor] = sinkhorn_native_backward,
+) -> tuple[Tensor, ...]:
+    """What of the backward touches neither X nor phi: (dm [..., K], multiple [..., 1], dbias, three dalphas).
+
+    dz = dp alpha     dm = dz / r     dr = -<dz, z> / r     multiple = <dm, z> (dr/dx) / x, empty without a norm
+
+    `size` is n C; an unneeded gradient (`needs`, in the order of `NEEDS`) is empty.
+    """
+    dtype = projection.dtype
+    dp, z = logit_gradients(grads, projection, bias, alphas, spec, sinkhorn_backward)
+    r = projection[..., -1:]
+    per_row = torch.cat([_alpha(alphas, part, dtype).expand(spec.part_size(part)) for part in spec.parts])
+    dm = dp * per_row / r
+    scale = _scale_of_rms(size, r, spec)
+    multiple = unneeded(dm) if scale is None else (dm * z).sum(-1, keepdim=True) * scale
+    d_bias = dp.reshape(-1, spec.rows).sum(0).to(bias.dtype) if needs[2] else unneeded(bias)
+    d_alphas = []
+    for part, needed in zip(("pre", "post", "res"), needs[3:], strict=True):
+        alpha = alphas[part]
+        if needed and alpha is not None:
+            total = (_rows(dp, spec, part) * _rows(z, spec, part)).sum() if part in spec.parts else dp.new_zeros(())
+            d_alphas.append(total.to(alpha.dtype).reshape(alpha.shape))
+        else:
+            d_alphas.append(unneeded(bias))
+    return dm, multiple, d_bias, *d_alphas
+
+
 def native_backward_spec(
     grads: dict[str, Tensor | None],
     streams: Tensor,
@@ -160,40 +197,26 @@ def native_backward_spec(
     projection: Tensor,
     spec: CoefficientSpec,
     needs: Sequence[bool],
-    sinkhorn_backward: Callable[..., Tensor] = sinkhorn_native_backward,
+    small: Callable[..., tuple[Tensor, ...]] = small_gradients,
 ) -> tuple[Tensor, ...]:
     """Gradients in the order of `NEEDS`; an unneeded one is empty, and its work (dphi's GEMM above all) is not done.
 
-    dz = dp alpha     dm = dz / r     dr = -<dz, z> / r     dX = dm phi + dr (dr/dx)     dphi = dm^T vec(X)
+    dX = dm phi + x multiple     dphi = dm^T vec(X)     and `small_gradients`, for which `small` may stand.
     """
     dtype = projection.dtype
-    dp, z = logit_gradients(grads, projection, bias, alphas, spec, sinkhorn_backward)
-    r = projection[..., -1:]
-    per_row = torch.cat([_alpha(alphas, part, dtype).expand(spec.part_size(part)) for part in spec.parts])
-    dz = dp * per_row
-    dm = dz / r
+    size = streams.shape[-2] * streams.shape[-1]
+    dm, multiple, *rest = small(grads, projection, bias, alphas, spec, size, needs)
     x = streams.to(dtype).flatten(-2)
-    d_streams, d_phi, d_bias = unneeded(streams), unneeded(phi), unneeded(bias)
+    d_streams, d_phi = unneeded(streams), unneeded(phi)
     if needs[0]:
         dx = torch.matmul(dm, phi.to(dtype))
-        multiple = _scale_of_rms(streams, r, spec)
-        if multiple is not None:
-            dx = dx - x * ((dm * z).sum(-1, keepdim=True) * multiple)
+        if spec.norm != "none":
+            dx = dx - x * multiple
         d_streams = dx.to(streams.dtype).unflatten(-1, (streams.shape[-2], streams.shape[-1]))
     if needs[1]:
         rows = dm.reshape(-1, spec.rows)
         d_phi = torch.matmul(rows.t(), x.reshape(-1, phi.shape[1])).to(phi.dtype)
-    if needs[2]:
-        d_bias = dp.reshape(-1, spec.rows).sum(0).to(bias.dtype)
-    d_alphas = []
-    for part, needed in zip(("pre", "post", "res"), needs[3:], strict=True):
-        alpha = alphas[part]
-        if needed and alpha is not None:
-            total = (_rows(dp, spec, part) * _rows(z, spec, part)).sum() if part in spec.parts else dp.new_zeros(())
-            d_alphas.append(total.to(alpha.dtype).reshape(alpha.shape))
-        else:
-            d_alphas.append(unneeded(bias))
-    return d_streams, d_phi, d_bias, *d_alphas
+    return d_streams, d_phi, *rest
 
 
 def _spec(*flat: object) -> CoefficientSpec:
@@ -208,7 +231,7 @@ def _alphas(alpha_pre: Tensor, alpha_post: Tensor | None, alpha_res: Tensor | No
     return {"pre": alpha_pre, "post": alpha_post, "res": alpha_res}
 
 
-_ATTRIBUTE_SCHEMA = (
+ATTRIBUTE_SCHEMA = (
     "str layout, int streams, str norm, float norm_eps, str gate, float pre_scale, float pre_eps, float post_scale, "
     "float post_eps, str res, ScalarType? mix_dtype, str sinkhorn_positivity, float sinkhorn_positive_eps, "
     "str sinkhorn_first, int sinkhorn_steps, float sinkhorn_eps, str sinkhorn_eps_mode"
@@ -251,13 +274,30 @@ def native_backward(*args: Any) -> tuple[Tensor, ...]:
     return native_backward_spec(grads, x, phi, bias, alphas, projection, spec, needs)
 
 
+run_activate = functools.partial(activate, sinkhorn=sinkhorn_run)
+"""`activate` for execution instead of tracing."""
+run_small_gradients = functools.partial(small_gradients, sinkhorn_backward=sinkhorn_run_backward)
+"""`small_gradients` for execution instead of tracing."""
+
+
+@without_autocast
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return native_spec(*split_arguments(args), activation=run_activate)
+
+
+@without_autocast
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
+    return native_backward_spec(grads, x, phi, bias, alphas, projection, spec, needs, run_small_gradients)
+
+
 @torch.library.custom_op(
     "mhc::coefficients",
     mutates_args=(),
-    schema=f"(Tensor x, {_TENSORS}, {_ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor x, {_TENSORS}, {ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h_pre, h_post, h_res, projection = native(*args)
+    h_pre, h_post, h_res, projection = _run(*args)
     return h_pre.contiguous(), h_post.contiguous(), h_res.clone(memory_format=torch.contiguous_format), projection
 
 
@@ -287,11 +327,11 @@ def _(
     mutates_args=(),
     schema=(
         f"(Tensor? d_pre, Tensor? d_post, Tensor? d_res, Tensor x, {_TENSORS}, Tensor projection, bool[] needs, "
-        f"{_ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"{ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(gradient.contiguous() for gradient in native_backward(*args))
+    return tuple(gradient.contiguous() for gradient in _run_backward(*args))
 
 
 @_backward.register_fake

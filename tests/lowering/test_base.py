@@ -7,6 +7,7 @@ from torch import fx
 
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import BACKWARD_TARGETS, FORWARD_TARGETS, LoweringLog, arguments, device_of, options_key
+from mhc_compile.ops import OPS
 
 
 def test_log_counts_and_gives_each_reason_once() -> None:
@@ -30,6 +31,6 @@ def test_arguments_fill_in_defaults() -> None:
 
 
 def test_targets_and_key() -> None:
-    assert len(FORWARD_TARGETS) == len(BACKWARD_TARGETS) == 6
+    assert len(FORWARD_TARGETS) == len(BACKWARD_TARGETS) == len(OPS)
     assert options_key(None) == ()
     assert ("fuse", True) in options_key(Options())
