@@ -20,6 +20,7 @@ from mhc_compile.api import split_inputs, trace
 from mhc_compile.capture.graph import copy_graph, meta_value
 from mhc_compile.convert import Conversion
 from mhc_compile.errors import FragmentError, OptionError
+from mhc_compile.lowering.mlir import use_converter
 from mhc_compile.model.state import unwrap
 
 Axes = Mapping[int | str, int | Sequence[int]]
@@ -86,6 +87,9 @@ def standalone(model: nn.Module, *inputs: Any, dynamic: Axes | None = None, **op
                     cure="leave that axis out; an example size of 0 or 1 is taken for fixed, too",
                 )
     return graph
+
+
+use_converter(standalone)  # MLIR of a model is that of its standalone graph
 
 
 # ------------------------------------------------------------------------------------------------ inputs

@@ -1,8 +1,9 @@
 """MLIR: a converted graph for other compilers and other hardware, and as text for tests.
 
-``to_mlir`` traces the graph to ATen, replaces each semantic op by its traced native body (one trace for each shape and
-set of attributes, so that eight Sinkhorn loops cost one), and lets torch-mlir import and lower it. ``run_mlir``
-compiles the result and runs it on the CPU, see ``mlir_engines``. torch-mlir is imported when it is needed.
+``to_mlir`` traces the graph (a model is converted first) to ATen, replaces each semantic op by its traced native body
+(one trace for each shape and set of attributes, so that eight Sinkhorn loops cost one), and lets torch-mlir import and
+lower it. ``run_mlir`` compiles the result and runs it on the CPU, see ``mlir_engines``. torch-mlir is imported when it
+is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -59,22 +60,52 @@ class MlirModule:
         Path(path).write_text(names + self.text(), encoding="utf-8")
 
 
+Axes = Mapping[Any, int | Sequence[int]]
+"""Position of an input (of a model's inputs, or keyword) -> axis or axes that may vary."""
+
+_converters: list[Callable[..., fx.GraphModule]] = []
+
+
+def use_converter(convert: Callable[..., fx.GraphModule]) -> None:
+    """Say what makes a graph of a model: ``standalone`` does, which stands above this room and names itself here."""
+    _converters[:] = [convert]
+
+
+def _graph_of(
+    model: nn.Module, inputs: Sequence[Any], dynamic: Axes | None, options: Mapping[str, Any]
+) -> tuple[fx.GraphModule, Axes | None]:
+    """(graph, dynamic axes of its inputs): a model is converted first, a graph is taken as it is."""
+    if isinstance(model, fx.GraphModule):
+        if options:
+            raise OptionError(
+                f"{', '.join(sorted(options))}: options say how a model is converted, and this is a graph already",
+                cure="give them to mhc_compile.standalone",
+            )
+        return model, dynamic
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"MLIR is made of a model or of a graph of standalone, not of a {type(model).__name__}")
+    return _converters[0](model, *inputs, dynamic=dynamic, **options), None
+
+
 def to_mlir(
-    graph: fx.GraphModule,
+    model: nn.Module,
     *inputs: Any,
     output_type: str = "linalg-on-tensors",
-    dynamic: Mapping[int, int | Sequence[int]] | None = None,
+    dynamic: Axes | None = None,
     weights: str = "inline",
+    **options: Any,
 ) -> MlirModule:
-    """Lower a graph of ``mhc_compile.standalone`` to MLIR, for inference.
+    """Lower a model, converted, to MLIR, for inference.
 
     Args:
-        graph: the graph; a model must go through ``standalone`` first, or it would come out without its
-            hyper-connections.
-        inputs: as given to ``standalone``; of the tensors among them, shapes and dtypes are read.
+        model: a model, in the mode (eval) that the MLIR shall have; or a graph of ``mhc_compile.standalone``, which
+            is taken as it is.
+        inputs: as ``standalone`` takes them; of the tensors among them, shapes and dtypes are read.
         output_type: ``linalg-on-tensors``, ``torch`` (the dialect that IREE takes), ``stablehlo`` or ``tosa``.
-        dynamic: position of an input -> axis or axes that may vary; None means those that ``standalone`` was told of.
+        dynamic: position of an input -> axis or axes that may vary; None means, for a graph, those that ``standalone``
+            was told of.
         weights: ``inline`` (constants of the module) or ``external`` (the first arguments of ``main``).
+        options: for a model, as ``torch.compile(..., options=...)``.
 
     Raises:
         MissingDependencyError: torch-mlir is not installed, or lacks what is used of it.
@@ -86,25 +117,31 @@ def to_mlir(
     if weights not in WEIGHTS:
         raise OptionError(f"weights={weights!r} is not legal", cure=f"one of {', '.join(WEIGHTS)}")
     torch_mlir()
+    graph, axes = _graph_of(model, inputs, dynamic, options)
     inputs = flat_tensors(inputs)
-    traced, held = trace(graph, inputs, _axes(graph, dynamic))
+    traced, held = trace(graph, inputs, _axes(graph, axes))
     if weights == "inline":
         bind_weights(traced, held)
     module = import_graph(traced, output_type)
     return MlirModule(module, output_type, held if weights == "external" else {}, *slots(traced))
 
 
-def run_mlir(graph: fx.GraphModule, *inputs: Any, engine: str = "auto") -> tuple[Tensor, ...]:
-    """Lower, compile and run a graph of ``standalone`` on the CPU, once; see ``compile_mlir``."""
-    return compile_mlir(graph, *inputs, engine=engine)(*flat_tensors(inputs))
+def run_mlir(
+    model: nn.Module, *inputs: Any, engine: str = "auto", dynamic: Axes | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """Lower, compile and run a model or a graph of ``standalone`` on the CPU, once; see ``compile_mlir``."""
+    return compile_mlir(model, *inputs, engine=engine, dynamic=dynamic, **options)(*flat_tensors(inputs))
 
 
-def compile_mlir(graph: fx.GraphModule, *inputs: Any, engine: str = "auto") -> mlir_engines.Compiled:
-    """Lower and compile a graph of ``standalone`` for the CPU.
+def compile_mlir(
+    model: nn.Module, *inputs: Any, engine: str = "auto", dynamic: Axes | None = None, **options: Any
+) -> mlir_engines.Compiled:
+    """Lower and compile a model or a graph of ``standalone`` for the CPU.
 
     Args:
-        graph: the graph; its weights are read where they are, not copied into the artefact.
-        inputs: as ``to_mlir``.
+        model: as ``to_mlir``; its weights are read where they are, not copied into the artefact. A model's new
+            hyper-connections start anew at each call: convert it once (``standalone``) to keep them.
+        inputs, dynamic, options: as ``to_mlir``.
         engine: ``iree`` (real code; needs iree-base-compiler and iree-base-runtime), ``wheel`` (LLVM's JIT from the
             torch-mlir wheel, scalar loops: for tests and small shapes), or ``auto``: IREE where it is installed.
 
@@ -116,7 +153,8 @@ def compile_mlir(graph: fx.GraphModule, *inputs: Any, engine: str = "auto") -> m
     """
     name = mlir_engines.choose(engine)
     output_type = mlir_engines.OUTPUT_TYPE[name]
-    lowered = to_mlir(graph, *inputs, output_type=output_type, weights="external")
+    graph, axes = _graph_of(model, inputs, dynamic, options)
+    lowered = to_mlir(graph, *inputs, output_type=output_type, dynamic=axes, weights="external")
     values = list(lowered.weights.values())
     return mlir_engines.compile_module(name, lowered.module, values, lowered.arguments, lowered.results)
 
@@ -187,12 +225,7 @@ def flat_tensors(inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(list(inputs)) if isinstance(leaf, Tensor))
 
 
-def _axes(graph: fx.GraphModule, dynamic: Mapping[int, int | Sequence[int]] | None) -> dict[int, tuple[int, ...]]:
-    if not isinstance(graph, fx.GraphModule):
-        raise OptionError(
-            f"to_mlir takes a graph, not a {type(graph).__name__}: it would come out without its hyper-connections",
-            cure="to_mlir(mhc_compile.standalone(model, *inputs), *inputs)",
-        )
+def _axes(graph: fx.GraphModule, dynamic: Axes | None) -> dict[int, tuple[int, ...]]:
     if dynamic is None:
         return dict(graph.meta.get("mhc_dynamic", {}))
     return {key: (axes,) if isinstance(axes, int) else tuple(axes) for key, axes in dynamic.items()}

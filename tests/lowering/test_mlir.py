@@ -374,9 +374,30 @@ def test_the_backend_follows_the_length(iree_backend: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
-def test_a_model_is_not_a_graph() -> None:
-    with pytest.raises(OptionError, match="without its hyper-connections"):
-        mlir.to_mlir(tiny(), ids())  # type: ignore[arg-type]  # the mistake that is tested
+def test_a_model_is_converted_first() -> None:
+    model = tiny(layers=1).eval()
+    torch.manual_seed(5)
+    lowered = mlir.to_mlir(model, ids(), dynamic={0: 1}, streams=2, sinkhorn_iters=1)
+    torch.manual_seed(5)
+    graph = mhc_compile.standalone(model, ids(), dynamic={0: 1}, streams=2, sinkhorn_iters=1)
+    assert str(lowered) == str(mlir.to_mlir(graph, ids()))
+    assert "mhc" not in str(lowered)
+    assert lowered.arguments[0].shape[1] is None
+    assert "mhc0" not in dict(model.named_modules())
+
+
+def test_a_model_runs() -> None:
+    model = tiny(layers=1).eval()  # the start preserves the function, so that the model itself says what is right
+    with torch.no_grad():
+        have = mlir.run_mlir(model, ids(), engine="wheel", streams=2, sinkhorn_iters=1)
+        assert difference(have, (model(ids()),)) <= TOLERANCE
+
+
+def test_options_are_for_models() -> None:
+    with pytest.raises(OptionError, match="streams: options say how a model is converted"):
+        mlir.to_mlir(graph_of(Sinkhorn()), torch.randn(2, 2), streams=4)
+    with pytest.raises(OptionError, match="not of a function"):
+        mlir.to_mlir(lambda x: x, torch.randn(2, 2))  # type: ignore[arg-type]  # the mistake that is tested
 
 
 def test_illegal_arguments() -> None:
