@@ -46,8 +46,9 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     "streams_backward": (boundary, "streams_config", [
         {"BT": bt, "BC": bc, "SPAN": span, "STAGES": stages, "UNROLL": unroll, "num_warps": warps}
         for bt, bc, span, warps, stages, unroll in (
-            (64, 32, 256, 4, 1, 1), (64, 32, 256, 4, 2, 2), (64, 32, 256, 4, 1, 2), (64, 32, 128, 4, 1, 1),
-            (128, 32, 256, 8, 1, 1), (64, 32, 64, 4, 1, 1),
+            (64, 32, 256, 4, 1, 1), (64, 32, 128, 4, 1, 1), (64, 32, 64, 4, 1, 1), (64, 32, 32, 4, 1, 1),
+            (64, 32, 256, 4, 2, 2), (64, 32, 128, 4, 2, 2), (64, 32, 128, 4, 3, 1), (128, 32, 128, 8, 1, 1),
+            (32, 32, 128, 2, 1, 1),
         )
     ]),
 }  # fmt: skip

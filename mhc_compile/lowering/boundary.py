@@ -206,7 +206,8 @@ def streams_backward(
             TRANSPOSE=transpose,
             PRE=du is not None,
             COEFFICIENTS=dm is not None,
-            TWO=dm is not None and dm.shape[1] == 2 * padded,
+            # The second half of dm would be seen in a 16-bit sum only where that has more than bf16's 8 bits.
+            TWO=dm is not None and dm.shape[1] == 2 * padded and x.dtype == torch.float16,
             WARPS=config["num_warps"],
             **config,
         )

@@ -176,5 +176,10 @@ def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
 
 def run(graph: fx.Graph, log: LoweringLog) -> None:
     """All fusions, in order."""
-    if any(TARGETS.get(node.target) in _STATE_ARGUMENT for node in graph.nodes):
+    names = {TARGETS.get(node.target) for node in graph.nodes}
+    if {"post", "pre_norm"} <= names:
+        from . import post_pre_norm
+
+        post_pre_norm.merge(graph, log, kernels.refusal)
+    if names & set(_STATE_ARGUMENT):
         merge_stream_gradients(graph, log)

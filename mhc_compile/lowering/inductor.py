@@ -159,9 +159,12 @@ class LowerPass(CustomGraphPass):
         """Fuse, then lower."""
         if not any(node.target in TARGETS for node in graph.nodes):
             return
-        if getattr(self.options, "fuse", True) and getattr(self.options, "lowering", "auto") != "native":
+        fuse = getattr(self.options, "fuse", True) and getattr(self.options, "lowering", "auto") != "native"
+        if fuse:
             kernels.fuse(graph, self.log)
         lower(graph, self.options, self.log)
+        if fuse:
+            kernels.fuse_lowered(graph, self.log)
         graph.eliminate_dead_code()
         graph.lint()
 

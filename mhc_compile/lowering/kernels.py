@@ -117,3 +117,11 @@ def fuse(graph: fx.Graph, log: LoweringLog) -> None:
     from . import fuse as fusions
 
     fusions.run(graph, log)
+
+
+def fuse_lowered(graph: fx.Graph, log: LoweringLog) -> None:
+    """Fusions of what kernels read with the kernels, once every op has its kernels."""
+    if any(str(node.target).startswith("mhc_kernel.pre_norm_dots") for node in graph.nodes):
+        from .addends import take_addends
+
+        take_addends(graph, log)

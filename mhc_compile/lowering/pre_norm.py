@@ -135,7 +135,8 @@ def accumulated(totals, factor, xs, N: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def pre_norm_backward_kernel(
-    grad_ptr, x_ptr, pre_ptr, weight_ptr, statistics_ptr, du_ptr, d_pre_ptr, d_weight_ptr, d_bias_ptr, tokens,
+    grad_ptr, second_ptr, third_ptr, x_ptr, pre_ptr, weight_ptr, statistics_ptr, du_ptr, d_pre_ptr, d_weight_ptr,
+    d_bias_ptr, tokens, GRADS: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BC: tl.constexpr, TOKENS: tl.constexpr, LAYER: tl.constexpr,
     OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr, NEED_PRE: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, STAGES: tl.constexpr,
@@ -175,6 +176,10 @@ def pre_norm_backward_kernel(
             for i in tl.static_range(N):
                 xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, inside, MASKED),)
             g = tl.load(grad_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
+            if GRADS > 1:
+                g += tl.load(second_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
+            if GRADS > 2:
+                g += tl.load(third_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
             z = (mixed(xs, p, N) - mean) * inverse
             if NEED_WEIGHT:
                 seen = z
@@ -280,10 +285,11 @@ def _(
 @kernel_op("pre_norm_dots")
 def dots(
     grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
-    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool,
+    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool, second: Tensor | None = None,
+    third: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dout [..., C] -> (du [..., C], dh_pre [..., n], and partial sums [P, C] of dweight and of dbias, float32, to be
-    summed over P); what is not needed is empty."""
+    summed over P); what is not needed is empty. `second` and `third`: further addends of dout, each [.., C]."""
     g, x, p, s = by_token(grad, 1), by_token(streams, 2), by_token(h_pre, 1), by_token(statistics, 1)
     tokens, n, width = x.shape
     programs = triton.cdiv(tokens, TOKENS)
@@ -293,8 +299,10 @@ def dots(
     d_bias = s.new_empty((programs, width) if need_bias else 0)
     if nonempty(tokens):
         launch(
-            pre_norm_backward_kernel, (programs,), g, x, p, x if weight is None else weight.contiguous(), s, du, d_pre,
-            d_weight, d_bias, tokens, C=width, N=n, NP=triton.next_power_of_2(n), TOKENS=TOKENS,
+            pre_norm_backward_kernel, (programs,), g, g if second is None else by_token(second, 1),
+            g if third is None else by_token(third, 1), x, p, x if weight is None else weight.contiguous(), s, du,
+            d_pre, d_weight, d_bias, tokens, GRADS=1 + (second is not None) + (third is not None), C=width, N=n,
+            NP=triton.next_power_of_2(n), TOKENS=TOKENS,
             LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
             NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(width),
         )  # fmt: skip
@@ -304,7 +312,8 @@ def dots(
 @dots.register_fake
 def _(
     grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
-    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool,
+    round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool, second: Tensor | None = None,
+    third: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     programs = (statistics.numel() // columns(kind) + TOKENS - 1) // TOKENS
     width = streams.shape[-1]

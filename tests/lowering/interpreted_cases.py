@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile import ops
-from mhc_compile.lowering import boundary, coefficients, launch, post, pre, pre_norm, sinkhorn
+from mhc_compile.lowering import boundary, coefficients, launch, post, post_pre_norm, pre, pre_norm, sinkhorn
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 
 CASES = [
@@ -129,6 +129,31 @@ def test_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tupl
         assert float(got[1].abs().max()) <= RMS[dtype] * float(x.double().norm() * g.double().norm())
         got, want = (got[0], *got[2:]), (want[0], *want[2:])
     check(got, want, 2 * RMS[dtype])
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [*CASES, (4, 300, torch.bfloat16, (5,))])
+@pytest.mark.parametrize("which", ["llama", "layer"])
+def test_post_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    """One call gives what post and then pre_norm give, bit for bit."""
+    kind, offset, round_first, _, biased = NORMS[which]
+    x, y, p = torch.randn(*lead, n, width).to(dtype), torch.randn(*lead, width).to(dtype), torch.randn(*lead, n)
+    q, h = torch.randn(*lead, n), torch.randn(*lead, n, n)
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype) if biased else None
+    for mix, transpose in ((h, False), (h, True), (None, False)):
+        norm = (weight, bias, kind, 1e-5, offset, round_first)
+        state, out, statistics = post_pre_norm.forward(x, y, q, mix, transpose, p, *norm)
+        alone = post.forward(x, y, q, mix, transpose)
+        assert torch.equal(state, alone)
+        check((out, statistics), pre_norm.forward(alone, p, *norm), 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_pre_norm_of_a_gradient_in_parts() -> None:
+    x, p, parts = torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), [torch.randn(6, 32) for _ in range(3)]
+    _, statistics = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
+    rest = (x, p, None, statistics, "rms", 0.0, False, True, False, False)
+    for count in (2, 3):
+        whole = pre_norm.dots(sum(parts[:count]), *rest)
+        check(pre_norm.dots(parts[0], *rest, *parts[1:count])[:2], whole[:2], 1e-6)
 
 
 def test_pre_norm_without_what_nobody_needs() -> None:
