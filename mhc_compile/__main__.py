@@ -1,5 +1,6 @@
 """``python -m mhc_compile explain <model>``: what the backend would do with a model. ``env``: what it runs on.
-``mlir <model> -o out.mlir``: the converted model as MLIR.
+``mlir <model> -o out.mlir``: the converted model as MLIR. ``calibrate``: what the GPU does with two kernels at once,
+for the option ``schedule``.
 
 A model is one of
 
@@ -9,7 +10,7 @@ A model is one of
 * ``file.py:factory`` or ``package.module:factory``: called without arguments, returns the model, or the model and its
   example inputs.
 
-Nothing is downloaded, compiled or run.
+Nothing is downloaded, and no model is compiled or run.
 """
 
 from __future__ import annotations
@@ -252,6 +253,19 @@ def env(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def calibrate(arguments: argparse.Namespace) -> int:
+    """``calibrate``: measure pairs of kernels on the GPU and keep them in the cache directory."""
+    from mhc_compile.lowering.side import side_cases
+    from mhc_compile.scheduler import contention
+
+    if not torch.cuda.is_available():
+        print("there is no CUDA device to calibrate", file=sys.stderr)
+        return 1
+    found = contention.calibrate(lambda tokens, width: [contention.Case(*case) for case in side_cases(tokens, width)])
+    print(contention.table(found))
+    return 0
+
+
 def _model_arguments(parser: argparse.ArgumentParser, option: str) -> None:
     """What names a model, its inputs and the options; ``option`` is the short form of ``--option``."""
     parser.add_argument("model", help="config.json, a folder with one, a model type, or file.py:factory")
@@ -283,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     second = commands.add_parser("env", help="versions, devices and settings")
     second.add_argument("--json", action="store_true", help="as JSON")
     second.set_defaults(command=env)
+    fourth = commands.add_parser("calibrate", help="measure the GPU for schedule='auto', half a minute")
+    fourth.set_defaults(command=calibrate)
     third = commands.add_parser("mlir", help="the converted model as MLIR")
     _model_arguments(third, "-O")
     third.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the text goes")

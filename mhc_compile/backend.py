@@ -20,11 +20,13 @@ from mhc_compile.config import Resolved, resolve
 from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
-from mhc_compile.lowering.inductor import config_patches
+from mhc_compile.lowering.inductor import config_patches, source_hash
 from mhc_compile.lowering.mlir import compile_inference
+from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
+from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
 from mhc_compile.verify import verify
 
 log = logging.getLogger("mhc_compile")
@@ -64,7 +66,7 @@ def mhc(
         if resolved.options.verify:
             verify(gm, example_inputs, conversion, resolved.options)
         lowering = LoweringLog()
-        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering)
+        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering, conversion.report.schedule)
         conversion.commit()
         _publish(conversion, lowering)
         return Converted(inner, conversion.parameters.slots, conversion.parameters.places)
@@ -103,7 +105,11 @@ def _warn_of_pieces(conversion: Conversion) -> None:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    resolved: Resolved,
+    lowering: LoweringLog,
+    schedule: ScheduleLog | None = None,
 ) -> Callable[..., Any]:
     """Hand a graph to what the options ``compiler`` and ``lowering`` name."""
     options = resolved.options
@@ -113,6 +119,8 @@ def _compile(
     if options.lowering == "mlir":
         return compile_inference(gm, inputs, lowering)
     settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
+    if options.schedule == "auto" and schedule is not None:
+        settings = schedule_patches(settings, schedule, split_coefficients, source_hash())
     return compat.inductor_compile(gm, inputs, settings)
 
 

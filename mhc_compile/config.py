@@ -232,7 +232,8 @@ class Options:
     schedule: str = _option(
         "off",
         Choice(("off", "auto")),
-        "Reserved for side work on other GPU streams; `auto` is accepted and has no effect yet: one stream is used.",
+        "`auto`: side work of the hyper-connections on a second stream of the GPU, where what was measured of the "
+        "device (`python -m mhc_compile calibrate`) promises a gain; without a measurement one stream.",
     )
     lowering: str = _option(
         "auto",

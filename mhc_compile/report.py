@@ -19,6 +19,7 @@ from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.passes.base import PassResult, Refusal
 from mhc_compile.passes.recompute import RecomputeResult, StateRow
 from mhc_compile.passes.sites import ResidualChain, ResidualSite
+from mhc_compile.scheduler.schedule import ScheduleLog
 
 log = logging.getLogger("mhc_compile")
 
@@ -62,6 +63,8 @@ class CompileReport:
     """Why nothing was converted, empty on success."""
     log: LoweringLog = dataclasses.field(default_factory=LoweringLog)
     """Which provider took each op and why; inductor fills it, for the backward graph at the first backward."""
+    schedule: ScheduleLog = dataclasses.field(default_factory=ScheduleLog)
+    """What runs on a second stream and why; filled as ``log`` is. Empty without the option ``schedule``."""
     graph: str = ""
     """The readable rewritten graph."""
 
@@ -81,6 +84,7 @@ class CompileReport:
         data = dataclasses.asdict(self)
         del data["graph"], data["log"]
         data["lowering"] = self.lowering
+        data["schedule"] = self.schedule.lines()
         return json.dumps(data, indent=indent, default=str)
 
     def __str__(self) -> str:
@@ -122,6 +126,7 @@ class CompileReport:
         passes = ", ".join(f"{p.name} {p.changed} in {p.seconds * 1e3:.0f} ms" for p in self.passes)
         parts.append(Text(f"passes: {passes}"))
         parts.extend(Text(f"  {line}") for line in self.lowering)
+        parts.extend(Text(f"schedule: {line}") for line in self.schedule.lines())
         return parts
 
     def _summary(self) -> str:

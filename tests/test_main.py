@@ -150,6 +150,14 @@ def test_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "MHC_COMPILE_STREAMS" in capsys.readouterr().out
 
 
+def test_without_a_gpu_there_is_nothing_to_calibrate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["calibrate"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
 def test_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "mhc_compile"], capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -57,6 +57,8 @@ class Plan:
     """What to do with one graph."""
 
     dag: Dag
+    name: str = ""
+    """``forward`` or ``backward``, where the graph is one."""
     moves: list[Move] = field(default_factory=list)
     serial: float = 0.0
     """Predicted seconds of one stream."""
@@ -224,7 +226,7 @@ def assign(
         return [early for late, early in extra.items() if late not in moved]
 
     serial, timeline = play(dag, [], contention, priority, skipped([]))
-    plan = Plan(dag, [], serial, serial, timeline)
+    plan = Plan(dag, serial=serial, predicted=serial, timeline=timeline)
     candidates = [task for task in dag.tasks.values() if movable(task) and task.seconds > 0]
     known = [task for task in candidates if contention.knows(task.kind, task.bytes, priority)]
     if not known:

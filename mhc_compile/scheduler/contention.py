@@ -95,6 +95,16 @@ class Contention:
         return json.dumps(asdict(self), sort_keys=True)
 
 
+def table(contention: Contention) -> str:
+    """The pairs as text, a line each."""
+    lines = [f"{contention.device}: part of the side call that is hidden, how much longer it takes beside the main one"]
+    for one in contention.pairs:
+        times = f"{one.side_seconds * 1e6:8.1f} us beside {one.main_seconds * 1e6:8.1f} us"
+        how = "main first" if one.priority else "same rank"
+        lines.append(f"  {one.side:28} {one.main:14} {how:10} {times}  {one.hidden:+6.0%}  {one.stretch:5.1f} x")
+    return "\n".join(lines)
+
+
 def _near(measured: int, size: int) -> bool:
     return measured / RANGE <= max(size, 1) <= measured * RANGE
 
@@ -166,6 +176,34 @@ def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, repeat
             for main_case in mains:
                 found.append(_pair(main_case, side_case, alone, main, side, priority, repeat))
     torch.cuda.synchronize()
+    return found
+
+
+SIZES = ((1024, 2560), (8192, 2560))
+"""Tokens and channels that are measured where nobody says otherwise: a small batch, and the one of the benchmarks."""
+
+
+def calibrate(
+    sides: Callable[[int, int], Sequence[Case]],
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    priorities: Sequence[bool] = (False, True),
+    repeat: int = 5,
+) -> Contention:
+    """Measure the current CUDA device, keep the pairs for later processes, and return them; half a minute.
+
+    Args:
+        sides: (tokens, channels) -> what may run on the side stream at that size.
+        sizes: at which sizes.
+        priorities: with a main stream of the same priority, of a higher one.
+        repeat: replays of a graph; the median counts.
+    """
+    pairs: list[Pair] = []
+    for tokens, width in sizes:
+        cases, mains = sides(tokens, width), main_cases(tokens, width)
+        for priority in priorities:
+            pairs += measure(cases, mains, priority, repeat)
+    found = Contention(torch.cuda.get_device_name(), tuple(pairs))
+    save(found)
     return found
 
 

@@ -132,11 +132,19 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.pending: dict[int, _Pending] = {}
-        self.deferred = False
-        self.delay = 0
+
+
+@dataclass
+class _Mode:
+    """For tests and benchmarks; of the process, because a backward runs on a thread of autograd's."""
+
+    deferred: bool = False
+    side_delay: int = 0
+    main_delay: int = 0
 
 
 _thread = _Thread()
+_mode = _Mode()
 _streams: dict[int, Any] = {}
 
 
@@ -152,29 +160,30 @@ def side_stream(device: int) -> Any:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within it, moved calls run at their join, on this thread: the latest that a side stream could be."""
-    before, _thread.deferred = _thread.deferred, True
+    """Within it, moved calls run at their join: the latest that a side stream could be."""
+    before, _mode.deferred = _mode.deferred, True
     try:
         yield
     finally:
-        _thread.deferred = before
+        _mode.deferred = before
 
 
 @contextlib.contextmanager
-def delayed(cycles: int) -> Iterator[None]:
-    """Within it, the side stream sleeps for so many GPU cycles before each moved call: races show if there are any."""
-    before, _thread.delay = _thread.delay, cycles
+def delayed(side: int = 0, main: int = 0) -> Iterator[None]:
+    """Within it, a stream sleeps for so many GPU cycles at each fork: a race between the two shows if there is one."""
+    before = _mode.side_delay, _mode.main_delay
+    _mode.side_delay, _mode.main_delay = side, main
     try:
         yield
     finally:
-        _thread.delay = before
+        _mode.side_delay, _mode.main_delay = before
 
 
 def _fork(inputs: list[Tensor], call: str, slot: int) -> list[Tensor]:
     _thread.pending.pop(slot, None)
     inputs = list(inputs)
     device = inputs[0].device
-    if _thread.deferred:
+    if _mode.deferred:
         _thread.pending[slot] = _Pending(call, inputs, None)
     elif device.type != "cuda":
         _thread.pending[slot] = _Pending(call, inputs, run_call(call, inputs))
@@ -182,10 +191,12 @@ def _fork(inputs: list[Tensor], call: str, slot: int) -> list[Tensor]:
         side = side_stream(device.index)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            if _thread.delay:
-                torch.cuda._sleep(_thread.delay)
+            if _mode.side_delay:
+                torch.cuda._sleep(_mode.side_delay)
             results = run_call(call, inputs)
         _thread.pending[slot] = _Pending(call, inputs, results, side.record_event())
+        if _mode.main_delay:
+            torch.cuda._sleep(_mode.main_delay)
     return inputs
 
 

@@ -11,7 +11,6 @@ import contextvars
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,16 +36,21 @@ Split = tuple[fx.Node, fx.Node, Callable[[], None]]
 """A call, the call that makes early what the main stream needs of it, and how to take the latter back."""
 
 
-@dataclass
 class ScheduleLog:
     """The plans of the graphs compiled, in order; empty when inductor's caches had the artefact."""
 
-    plans: list[Plan] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.notes: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScheduleLog:
+        """Itself: it is written to until the last graph is compiled, and a report that is copied reads it then."""
+        return self
 
     def lines(self) -> list[str]:
         """For the report."""
-        return [*self.notes, *(line for plan in self.plans for line in text(plan).splitlines())]
+        notes = list(dict.fromkeys(self.notes))
+        return [*notes, *(line for plan in self.plans for line in text(plan).splitlines())]
 
 
 _forced: contextvars.ContextVar[tuple[Contention, float] | None] = contextvars.ContextVar(
@@ -75,8 +79,13 @@ class SchedulePass(CustomGraphPass):
     def __init__(self, log: ScheduleLog, split: Callable[[fx.Graph], list[Split]], key: str) -> None:
         self.log, self.split, self.key = log, split, key
         self.forced = _forced.get()
-        self.priority = main_has_priority()
+        self.high = main_has_priority()
         self.contention, self.reason = available()
+
+    @property
+    def priority(self) -> bool:
+        """The main stream will run with the higher priority: inductor captures its CUDA graphs on a stream without."""
+        return self.high and not _cuda_graphs()
 
     def __call__(self, graph: fx.Graph) -> None:
         """Plan `graph`; edit it if there is a gain."""
@@ -87,6 +96,10 @@ class SchedulePass(CustomGraphPass):
             return
         least = self.forced[1] if self.forced is not None else LEAST_GAIN
         plan = plan_graph(graph, self.contention, self.priority, self.split, least, self.forced is not None)
+        inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        plan.name = "backward" if any(name.startswith("tangents") for name in inputs) else "forward"
+        for task in plan.dag.tasks.values():
+            task.nodes.clear()  # the report outlives the graph
         self.log.plans.append(plan)
         graph.eliminate_dead_code()
         graph.lint()
@@ -98,11 +111,8 @@ class SchedulePass(CustomGraphPass):
 
 
 def main_has_priority() -> bool:
-    """True if the stream that compiles (and so, by the user's own ``torch.cuda.stream``, runs) has a high priority and
-    keeps it: inductor captures its CUDA graphs on a stream of its own."""
-    if not torch.cuda.is_available() or _cuda_graphs():
-        return False
-    return bool(torch.cuda.current_stream().priority < 0)
+    """True if the stream that compiles, and so runs by the user's own ``torch.cuda.stream``, has a high priority."""
+    return torch.cuda.is_available() and bool(torch.cuda.current_stream().priority < 0)
 
 
 def _cuda_graphs() -> bool:

@@ -81,3 +81,22 @@ def test_measured_on_a_device() -> None:
     found = contention.measure([tiny], contention.main_cases(512, 256), priority=True, repeat=3)
     assert {one.main for one in found} == {"matmul", "attention", "memory"}
     assert all(one.side_seconds > 0 and one.stretch >= 1 and one.hidden < 3 for one in found)
+
+
+def test_the_table_as_text() -> None:
+    lines = contention.table(Contention("gpu", (pair(hidden=-0.5, priority=True),))).splitlines()
+    assert lines[0].startswith("gpu: ")
+    assert lines[1].split() == [
+        "s",
+        "matmul",
+        "main",
+        "first",
+        "10.0",
+        "us",
+        "beside",
+        "1000.0",
+        "us",
+        "-50%",
+        "2.0",
+        "x",
+    ]

@@ -226,3 +226,40 @@ def test_through_inductor_with_gradients() -> None:
         off = compiled(function, Step(lambda graph: None))(x, w)
     assert torch.equal(got, off)
     assert torch.equal(late, off)
+
+
+@pytest.mark.slow
+def test_a_model_through_the_backend_with_side_work_is_the_model_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a converted model with every matmul moved that something can run beside (on a CPU our own
+    calls are all waited for): at both ends of time the bits of one stream."""
+    from mhc_compile.backend import reports
+    from tests.tiny import compiled as converted
+    from tests.tiny import ids, loss_of, tiny
+
+    def run(call: Any, model: torch.nn.Module) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        out = call(ids())
+        loss_of(out).backward()
+        return [out.detach(), *(one.grad for one in model.parameters() if one.grad is not None)]
+
+    def alone(task: schedule.Task) -> bool:
+        return task.kind == "matmul" and len(task.nodes) == 1
+
+    off_model = tiny()
+    off = run(converted(off_model, compiler="inductor"), off_model)
+    torch._dynamo.reset()
+    monkeypatch.setattr(schedule, "movable", alone)
+    model = tiny()
+    on = converted(model, compiler="inductor", schedule="auto")
+    with using(table(1.0, "matmul", 1e-3), least_gain=0.0):
+        early = run(on, model)
+    with emit.deferred():
+        late = run(on, model)
+    plans = {plan.name: plan for plan in reports[-1].schedule.plans}
+    assert len(plans["backward"].moves) > 3
+    assert "two streams" in str(reports[-1])
+    assert "two streams" in " ".join(json.loads(reports[-1].to_json())["schedule"])
+    assert len(off) > 20
+    for one, other, again in zip(off, early, late, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, again)
