@@ -20,13 +20,11 @@ from mhc_compile.config import Resolved, resolve
 from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
-from mhc_compile.lowering.inductor import config_patches, source_hash
+from mhc_compile.lowering.inductor import config_patches
 from mhc_compile.lowering.mlir import compile_inference
-from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
-from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
 from mhc_compile.verify import verify
 
 log = logging.getLogger("mhc_compile")
@@ -66,9 +64,10 @@ def mhc(
         if resolved.options.verify:
             verify(gm, example_inputs, conversion, resolved.options)
         lowering = LoweringLog()
-        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering, conversion.report.schedule)
+        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering)
         conversion.commit()
         _publish(conversion, lowering)
+        _warn_of_the_rest(conversion)
         return Converted(inner, conversion.parameters.slots, conversion.parameters.places)
     except compat.passthrough_exceptions():
         raise
@@ -104,12 +103,24 @@ def _warn_of_pieces(conversion: Conversion) -> None:
         )
 
 
+def _warn_of_the_rest(conversion: Conversion) -> None:
+    """Half a model (a pre-norm tower beside a post-norm one) is not what somebody may take it for."""
+    report = conversion.report
+    rest = [refusal for refusal in report.left_alone if refusal.reason.startswith("post-norm")]
+    if rest and report.sites:
+        warnings.warn(
+            NotConvertedWarning(
+                f"{len(report.sites)} residual adds of {report.model} are widened, and {len(rest)} are left: "
+                f"{rest[0].reason}",
+                where=rest[0].where or None,
+                cure="mhc_compile.explain(model, *inputs) lists all of them",
+            ),
+            stacklevel=3,
+        )
+
+
 def _compile(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    resolved: Resolved,
-    lowering: LoweringLog,
-    schedule: ScheduleLog | None = None,
+    gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog
 ) -> Callable[..., Any]:
     """Hand a graph to what the options ``compiler`` and ``lowering`` name."""
     options = resolved.options
@@ -119,8 +130,6 @@ def _compile(
     if options.lowering == "mlir":
         return compile_inference(gm, inputs, lowering)
     settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
-    if options.schedule == "auto" and schedule is not None:
-        settings = schedule_patches(settings, schedule, split_coefficients, source_hash())
     return compat.inductor_compile(gm, inputs, settings)
 
 

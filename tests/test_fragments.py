@@ -144,3 +144,24 @@ def test_a_helper_of_a_forward_that_runs_uncompiled() -> None:
     model = Model(forward, embed=nn.Linear(3, WIDTH), first=Block(), head=Mlp())
     with pytest.raises(FragmentError, match="one piece of a Model"), pytest.warns(NotConvertedWarning):
         compiled(model)(tokens())
+
+
+def test_half_a_model_is_said() -> None:
+    """A pre-norm tower beside a post-norm one: the first is converted, the second is not, with a warning."""
+
+    def post_norm(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x + m.first(x))
+        return m.b(x + m.second(x))
+
+    norms = {name: nn.LayerNorm(WIDTH) for name in ("a", "b")}
+    tower = Lambda(post_norm, **norms, first=Mlp(norm=None), second=Mlp(norm=None))
+    model = Lambda(
+        lambda m, x: m.left(x) + m.out(m.right(m.embed(x))),
+        left=Stack([Block()]),
+        embed=nn.Linear(3, WIDTH),
+        right=tower,
+        out=nn.Linear(WIDTH, 3),
+    )
+    with pytest.warns(NotConvertedWarning, match="2 residual adds of Lambda are widened, and 2 are left: post-norm"):
+        compiled(model)(tokens())
+    assert names(model) == ["left.layers.0.mhc0", "left.layers.0.mhc1"]

@@ -35,8 +35,8 @@ def assemble(sites: list[ResidualSite], ctx: PassContext) -> tuple[list[Residual
         reason = next((r for other in kept if (r := _nested(path, other))), "")
         if not reason and _is_piece(path, cuts):
             reason = _cut_reason(path[0] if path[0].after_norm is not None else cuts[path[-1]])
-        if not reason and len(path) == 1 and path[0].from_constant:
-            reason = "something is added to learned queries and no stream of theirs goes on behind it"
+        if not reason and len(path) == 1:
+            reason = _no_stream(path[0])
         if reason:
             reasons.update(dict.fromkeys(path, reason))
         else:
@@ -88,12 +88,19 @@ def _paths(sites: list[ResidualSite], order: dict[ResidualSite, int], reasons: R
         depth[site] = 1 + max((depth[child] for child in children[site]), default=0)
 
     def longest(candidates: list[ResidualSite]) -> ResidualSite:
-        return max(candidates, key=lambda s: (depth[s], -order[s]))
+        """The first of those that the most follow; one in the branch of another such goes on to nothing but that."""
+        most = max(depth[site] for site in candidates)
+        best = [site for site in candidates if depth[site] == most]
+        outer = [site for site in best if not any(site.add in other.branch for other in best if other is not site)]
+        return min(outer or best, key=order.__getitem__)
 
     paths: list[list[ResidualSite]] = []
     for site in sites:
         best = longest(children[_state(site)])
         if site is not best:
+            if depth[site] == 1 and site.add in best.branch:
+                reasons[site] = f"inside the branch of the residual add at {best.where or best.module or best.add.name}"
+                continue
             if depth[site] == 1:
                 reasons[site] = (
                     "long skip: the stream it starts from is carried on by the longer chain at "
@@ -114,6 +121,15 @@ def _is_piece(path: list[ResidualSite], cuts: dict[ResidualSite, ResidualSite]) 
     if len(path) >= _LEAST_BETWEEN_NORMS:
         return False
     return (path[0].after_norm is not None and path[0].norm_parent is not None) or path[-1] in cuts
+
+
+def _no_stream(site: ResidualSite) -> str:
+    """Why one add alone, with no other before or behind it, is taken for something else than a stream."""
+    if site.from_constant:
+        return "something is added to learned queries and no stream of theirs goes on behind it"
+    if not site.channels_known:
+        return "no layer reads what it is added to as channels (a bias of attention scores, not a stream)"
+    return ""
 
 
 def _cut_reason(site: ResidualSite) -> str:

@@ -173,7 +173,8 @@ class _Finder:
         site = ResidualSite(node, stream, carrier, [(output, 1.0)], branch, parameters, carrier_path=path)
         inner = sorted(branch, key=self.order.__getitem__)
         site.images = frozenset(self.roles.images(stream, inner) - {stream, output})
-        site.channel = channel_axis(stream, branch, self.roles) or -1
+        axis = channel_axis(stream, branch, self.roles)
+        site.channel, site.channels_known = axis or -1, axis is not None
         site.kind = _kind(branch)
         site.learns = self.gradients
         if self.ctx.modules is not None:

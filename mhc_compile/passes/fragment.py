@@ -68,6 +68,7 @@ def _check(gm: fx.GraphModule, ctx: PassContext, roles: Roles, *, unseen: bool) 
             raise FragmentError(
                 f"a residual add is cut: one of its operands comes from in front of a graph break{_latest()}",
                 where=user_line(node) or None,
+                cure=_cure(),
             )
     for chain in ctx.chains:
         head_open = _comes_from_input(chain.head, roles)
@@ -82,6 +83,16 @@ def _check(gm: fx.GraphModule, ctx: PassContext, roles: Roles, *, unseen: bool) 
 
 def _latest() -> str:
     return f" ({_last_break})" if _last_break else ""
+
+
+def _cure() -> str | None:
+    """What keeps the latest break from breaking; None for the usual advice."""
+    if not any(word in _last_break for word in ("Data dependent operator", "Dynamic shape operator", ".item()")):
+        return None
+    return (
+        f"{FragmentError.default_cure}; torch._dynamo.config.capture_scalar_outputs = True and "
+        "capture_dynamic_output_shape_ops = True keep many operators of this kind in the graph"
+    )
 
 
 def _is_layer(node: fx.Node, roles: Roles) -> bool:
@@ -165,4 +176,5 @@ def _refuse(chain: ResidualChain, why: str) -> None:
     raise FragmentError(
         f"a residual chain of {len(chain.sites)} sites ({span}) is cut: {why}",
         where=site.where,
+        cure=_cure(),
     )

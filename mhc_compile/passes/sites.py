@@ -53,6 +53,8 @@ class ResidualSite:
     """False for an add that runs under ``no_grad``: its hyper-connection stays at its start."""
     channel: int = -1
     """Axis of the channels in the carrier (negative)."""
+    channels_known: bool = True
+    """False when no layer of the branch says which axis that is."""
     kind: str = "site"
     """``attention``, ``cross_attention``, ``mlp``, ``mixer`` or ``site``: a word for the report alone."""
     owner: tuple[nn.Module, tuple[str, ...]] | None = None

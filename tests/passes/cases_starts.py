@@ -111,3 +111,28 @@ def two_states() -> nn.Module:
         high=nn.ModuleList([Block(), Block()]),
         head=Mlp(),
     )
+
+
+@case(layers(2, 2), "inside the branch")
+def relative_bias() -> nn.Module:
+    """LayoutLMv3: one bias, made of the inputs, is added to the attention scores of every layer."""
+
+    def attend(m: Any, x: Tensor, bias: Tensor) -> Tensor:
+        n = m.norm(x)
+        scores = m.q(n) @ m.kv(n)[..., :WIDTH].transpose(1, 2) + bias
+        x = x + m.o(scores.softmax(-1) @ n)
+        return x + m.mlp(x)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        bias = torch.sin(m.start(x) @ x.transpose(1, 2))
+        y = m.embed(x)
+        for layer in m.layers:
+            y = layer(y, bias)
+        return m.head(y)
+
+    def layer() -> nn.Module:
+        attention = Attention()
+        return Lambda(attend, norm=attention.norm, q=attention.q, kv=attention.kv, o=attention.o, mlp=Mlp())
+
+    stack = nn.ModuleList([layer(), layer()])
+    return Lambda(forward, embed=nn.Linear(3, WIDTH), start=nn.Linear(3, 3), layers=stack, head=Mlp())

@@ -108,3 +108,22 @@ def test_one_add_to_something_learned_is_no_chain() -> None:
     assert [chain.sites for chain in found] == [first]
     assert len(reasons) == 1
     assert "learned queries" in reasons[0]
+
+
+def test_of_two_adds_to_one_state_the_inner_one_gives_way() -> None:
+    """A learned position is added to what the attention reads: the stream goes on behind the attention."""
+    head = node("state")
+    inner = site("position", head)
+    outer = site("attention", head, branch={inner.add})
+    found, reasons = chains([inner, outer])
+    assert [chain.sites for chain in found] == [[outer]]
+    assert len(reasons) == 1
+    assert "inside the branch" in reasons[0]
+
+
+def test_one_add_that_no_layer_reads_as_channels_is_no_chain() -> None:
+    alone = site("bias", node("scores"))
+    alone.channels_known = False
+    found, reasons = chains([alone])
+    assert found == []
+    assert ["attention scores" in reason for reason in reasons] == [True]

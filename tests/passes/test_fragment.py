@@ -116,3 +116,11 @@ def test_an_add_of_a_stem_is_not(function: Any, facts: dict[str, Any]) -> None:
 
 def test_a_piece_with_weights_and_without_a_chain_is_told() -> None:
     assert ["Model runs in pieces" in reason for reason in check_pair(both_halves, inside="Model")] == [True]
+
+
+@pytest.mark.parametrize(("reason", "named"), [("Data dependent operator at m.py:1", True), ("print at m.py:1", False)])
+def test_the_cure_names_the_settings_that_keep_an_operator_in_the_graph(reason: str, named: bool) -> None:
+    with pytest.raises(FragmentError) as caught:
+        check(open_tail, break_reason=reason)
+    assert ("capture_scalar_outputs" in str(caught.value.cure)) is named
+    assert "fullgraph=True" in str(caught.value.cure)

@@ -112,7 +112,7 @@ class BreakInBranch(nn.Module):
 
 def test_a_break_inside_the_first_branch_cuts_the_chain_behind_it() -> None:
     compiled = torch.compile(BreakInBranch(breaks=True), backend="mhc", options={"compiler": "eager"})
-    with pytest.raises(FragmentError, match="residual add is cut: .* in front of a graph break"):
+    with pytest.raises(FragmentError, match=r"residual add is cut: .* in front of a graph break"):
         compiled(tokens())
 
 

@@ -7,12 +7,17 @@ INKLING2 = (
     "three of the stream (the first layer's attention begins it), and the short convolutions of keys, values and "
     "output in that first layer, which is no branch of a residual add"
 )
+BACKBONE = "the first block of the backbone; its other blocks project their shortcut, encoder and decoder are post-norm"
 COUNTED: dict[str, tuple[int, str]] = {
     "bit": (4, NEW_STREAM),
     "bridgetower": (4, "vision tower: attention and mlp in two layers; the text and cross-modal layers are post-norm"),
+    "conditional_detr": (1, BACKBONE),
     "cpmant": (4, "attention and feed-forward in two layers; the segment embedding is added in front of them"),
     "ctrl": (4, "attention and feed-forward in two layers; two of the sums have names of their own"),
+    "dab-detr": (1, BACKBONE),
     "dac": (24, "three residual units in four blocks of encoder and decoder; the Snake activation is no residual"),
+    "deformable_detr": (1, BACKBONE),
+    "detr": (1, BACKBONE),
     "focalnet": (16, "modulation and mlp in two layers of four stages"),
     "gemma3n_text": (
         5,
@@ -50,6 +55,8 @@ COUNTED: dict[str, tuple[int, str]] = {
         "2 x 2 encoder, 2 x 3 decoder, and of the global tokens' stream attention and mlp of the first layer: what the "
         "last layer does with it is read by nothing",
     ),
+    "perceiver": (6, "attention and mlp in the cross-attention and the two self-attentions of a block"),
+    "pix2struct": (10, "2 x 2 encoder, 2 x 3 decoder; what else is added in a decoder layer is a tuple of outputs"),
     "pp_lcnet_v3": (0, "parallel convolutions are added, none of them is a carrier"),
     "pp_lcnet_v4": (11, "two of the thirteen blocks change the width and have no residual"),
     "pp_ocrv6_small_rec": (11, "two of the thirteen blocks change the width and have no residual"),

@@ -85,6 +85,23 @@ def _qformer(seed: int, config: Any) -> dict[str, Any]:
     return {"pixel_values": _images(seed), "input_ids": ids, "qformer_input_ids": base.tokens(seed, vocab=90)}
 
 
+def _sound(seed: int, config: Any) -> dict[str, Any]:
+    """input_values float32 [B, 1, 4000]."""
+    return {"input_values": base.noise(seed, 2, 1, 4000)}
+
+
+def _codebooks(seed: int, config: Any) -> dict[str, Any]:
+    """input_ids int64 [B, 12, codebooks + 1]."""
+    return {"input_ids": torch.stack([base.tokens(seed, vocab=90)] * (config.num_codebooks + 1), dim=-1)}
+
+
+def _prompted(seed: int, config: Any) -> dict[str, Any]:
+    """Image, prompt and mask of the prompt, each [B, 3, H / 2, W]: the model stacks two of them."""
+    height, width = config.image_size
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {name: base.noise(seed, 2, 3, height // 2, width, name=name) for name in names}
+
+
 def _past(length: int, channels: int) -> Callable[[int, Any], dict[str, Any]]:
     """past_values float32 [B, length, channels]."""
     return lambda seed, config: {"past_values": base.noise(seed, 2, length, channels)}
@@ -117,6 +134,19 @@ def _ids_embeds(seed: int, config: Any) -> dict[str, Any]:
     return {"inputs": base.noise(seed, 2, 12, config.d_model)}
 
 
+RESNET = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 48, 64],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage4"],
+    },
+}
+
 _FORECAST = {
     "prediction_length": 4,
     "context_length": 8,
@@ -135,8 +165,41 @@ EXCEPTIONS: dict[str, Special] = {
     "bros": Special("boxes of eight numbers", {}, _boxes),
     "blip_2_qformer": Special("queries and image features as inputs", {"encoder_hidden_size": 64}, _query_embeds),
     "lxmert": Special("visual features as inputs", {}, _lxmert),
-    "pix2struct": Special("flattened patches", {}, _patches),
-    "instructblip": Special("image, words and words for the Q-Former", {}, _qformer),
+    "pix2struct": Special("flattened patches", {"vision_config": {"patch_embed_hidden_size": 768}}, _patches),
+    "instructblip": Special(
+        "image, words and words for the Q-Former", {"image_token_index": 100, "num_query_tokens": 8}, _qformer
+    ),
+    "blip-2": Special(
+        "image, and words among them places for it",
+        {"image_token_index": 100, "num_query_tokens": 8},
+        lambda seed, config: {
+            "pixel_values": _images(seed),
+            "input_ids": torch.cat([torch.full((2, 8), 100), base.tokens(seed, vocab=90)], dim=1),
+        },
+    ),
+    "mimi": Special("the groups are the channels", {"upsample_groups": 64}, _sound),
+    "mimi_decoder": Special("the groups are the channels", {"upsample_groups": 64}),
+    "csm": Special("the groups are the channels", {"codec_config": {"upsample_groups": 64}}),
+    "pocket_tts_audio_tokenizer": Special("the groups are the channels", {"upsample_groups": 64}),
+    "pocket_tts_audio_tokenizer_decoder": Special("the groups are the channels", {"upsample_groups": 64}),
+    "kyutai_speech_to_text": Special("one id for the text and each codebook", {}, _codebooks),
+    "dbrx": Special(
+        "the attention's settings have no defaults that run", {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}}
+    ),
+    "xmod": Special("each language has an adapter", {"default_language": "en_XX"}),
+    "videomae": Special(
+        "frames first",
+        {"num_frames": 4},
+        lambda seed, config: {"pixel_values": base.noise(seed, 2, 4, 3, config.image_size, config.image_size)},
+    ),
+    "seggpt": Special("a prompt with its mask", {"image_size": [64, 32]}, _prompted),
+    "superglue": Special(
+        "a pair of images", {}, lambda seed, config: {"pixel_values": base.noise(seed, 2, 2, 3, 64, 64)}
+    ),
+    "detr": Special("a backbone that is there", RESNET),
+    "conditional_detr": Special("a backbone that is there", RESNET),
+    "deformable_detr": Special("a backbone that is there", {**RESNET, "num_feature_levels": 1}),
+    "dab-detr": Special("a backbone that is there", RESNET),
     "bamba": Special(HYBRID, {"attn_layer_indices": [1]}),
     "jamba": Special(
         HYBRID, {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2}
@@ -216,18 +279,20 @@ EXCEPTIONS: dict[str, Special] = {
     "embedding_gemma2_text": Special("two layers", {"num_hidden_layers": 2}),
     "efficientnet": Special(
         "a convolutional network: five blocks instead of 25",
-        {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32},
+        {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32, "hidden_dim": 320},
     ),
     "align": Special(
         "EfficientNet inside",
-        {"vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32}},
+        {"vision_config": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32, "hidden_dim": 320}},
+        lambda seed, config: {**_ids(seed), "pixel_values": _images(seed)},
     ),
     "mistral4": Special(
         "latent attention: rope part of the head",
         {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4},
     ),
     "longcat_flash": Special(
-        "latent attention: rope part of the head", {"head_dim": 8, "num_layers": 2, "zero_expert_num": 2}
+        "latent attention: rope part of the head",
+        {"head_dim": 8, "num_layers": 2, "zero_expert_num": 2, "qk_head_dim": 24},
     ),
     "moonshine": Special(
         "equal key and query heads", {"decoder_num_key_value_heads": 4, "encoder_num_key_value_heads": 4}

@@ -109,7 +109,8 @@ def packed_patches(config: Any, seed: int, wanted: set[str]) -> dict[str, Any]:
 def make(name: str, config: Any, seed: int, variant: int = 0) -> Any:
     """One argument of that name, or None if no rule knows it."""
     channels = int(_first(config, "num_channels", default=3))
-    width = int(_first(config, "hidden_size", "d_model", "embed_dim", default=base.HIDDEN))
+    width = _first(config, "hidden_size", "d_model", "embed_dim", default=base.HIDDEN)
+    width = int(width[-1] if isinstance(width, (list, tuple)) else width)
     mel = int(
         _first(
             config,

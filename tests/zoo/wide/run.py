@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mhc_compile.errors import MhcError, NotConvertedWarning
+from mhc_compile.errors import MhcError, NoSiteError, NotConvertedWarning
 from tests.zoo import base, convert, get
 from tests.zoo.base import Example
 from tests.zoo.wide import expect, feed, status
@@ -109,6 +109,8 @@ def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -
         row.update(status="refused", sites=0, reason=str(error.what), left=left)
         if "internal error" in error.what or (expected and "nothing to widen" in error.what):
             row["status"] = "wrong"
+        else:
+            row["cured"] = cured(again, error, {expected, counted.pre_norm + counted.post_norm})
         return
     except torch._dynamo.exc.TorchRuntimeError:
         row["reason"] = fails_plainly(again())
@@ -129,12 +131,39 @@ def judge(example: Example, row: dict[str, Any], again: Callable[[], Example]) -
         row["reason"] = f"its own hyper-connections are recognised: {raised} ops raised"
     elif not outcome.reports and told:
         row["status"], row["reason"] = "refused", next((t for t in told if "residual chain" in t), told[0])
+        row["cured"] = cured(again, NoSiteError(row["reason"]), {expected, counted.pre_norm + counted.post_norm})
     elif not outcome.reports:
         row["reason"] = "nothing was widened and nobody was told"
     elif not fits:
         row["reason"] = f"{outcome.sites} sites, {expected} adds in the source"
     if outcome.problems:
         row["reason"] = outcome.problems[0]
+
+
+CAPTURE = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+
+
+def cured(again: Callable[[], Example], refusal: MhcError, expected: set[int]) -> str:
+    """What the refusal names as its cure, and how many sites that gives, if it does give what is expected."""
+    options: dict[str, object] = {"compiler": "eager"}
+    settings: dict[str, bool] = {}
+    if "per_stream" in refusal.what:
+        options["post_norm"], words = "per_stream", "post_norm='per_stream'"
+    elif "capture_scalar_outputs" in (refusal.cure or ""):
+        settings, words = CAPTURE, "torch._dynamo.config.capture_scalar_outputs, capture_dynamic_output_shape_ops"
+    else:
+        return ""
+    torch._dynamo.reset()
+    try:
+        with torch._dynamo.config.patch(settings), warnings.catch_warnings():
+            warnings.simplefilter("error", NotConvertedWarning)
+            outcome = convert.check(again(), options)
+            if outcome.problems and all("differs by" in problem for problem in outcome.problems):
+                torch._dynamo.reset()
+                outcome = convert.check(again(), options, convert.shake(again()))
+    except Exception:  # no cure then
+        return ""
+    return f"{words}: {outcome.sites} sites" if outcome.sites in expected - {0} and not outcome.problems else ""
 
 
 def fails_plainly(example: Example) -> str:

@@ -29,6 +29,7 @@ class Row:
     that runs plainly: the reason is the error of the most natural try); ``wrong`` (the sites are not the expected ones,
     or the numbers differ); ``limit`` (out of time or memory); ``untried`` (runs plainly, was not converted yet).
     sites: found. expected, post_norm: residual adds counted in the source, before and behind which the norm sits.
+    cured: what a refused one is converted with, and how many sites that gives; empty if nothing was found.
     level, ladder: how small the configuration is made and which inputs are given (``shrink``, ``feed``).
     """
 
@@ -40,12 +41,13 @@ class Row:
     expected: int | None = None
     post_norm: int | None = None
     reason: str = ""
+    cured: str = ""
     level: int = 0
     ladder: int = 0
 
     def agrees(self, other: Row) -> bool:
         """True if a new run found what this row says (the words of an error of another library may change)."""
-        same = (self.status, self.sites) == (other.status, other.sites)
+        same = (self.status, self.sites, self.cured) == (other.status, other.sites, other.cured)
         return same and (self.status != "refused" or self.reason == other.reason)
 
 

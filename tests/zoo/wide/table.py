@@ -27,7 +27,8 @@ and goes through `torch.compile(model, backend="mhc", options={"compiler": "eage
   hand with a reason in `counted.py`); outputs (relative 1e-5) and gradients (1e-4) of the first step are the plain
   model's, or as close as rounding lets the plain model be to itself; two AdamW steps, a finite gradient on every new
   parameter.
-- **refused**: the backend raised the given reason, and nothing was changed.
+- **refused**: the backend raised the given reason, or warned of it where a graph break leaves no graph to raise in, and
+  nothing was changed.
 - **wrong**: the number of sites is not the expected one, a number differs, or nothing was said. These are open.
 - **limit**: the time or memory of one run did not suffice.
 - **unbuildable**: no tiny model that runs plainly came out of the rules; it says nothing about the backend.
@@ -39,11 +40,13 @@ def render(rows: list[Row]) -> str:
     """The whole page."""
     counts = Counter(row.status for row in rows)
     ran = sum(counts[status] for status in _RAN)
+    cured = sum(bool(row.cured) for row in rows)
     parts = [HEAD, "## Summary\n"]
     parts.append(
         f"{len(rows)} architectures attempted, {len(rows) - counts['unbuildable']} built, {ran} put through the "
         f"backend: "
-        f"{counts['converted']} converted, {counts['refused']} refused with a reason, {counts['wrong']} wrong, "
+        f"{counts['converted']} converted, {counts['refused']} refused with a reason ({cured} of them are converted "
+        f"with the option or setting that the reason names), {counts['wrong']} wrong, "
         f"{counts['limit']} out of limits. Not run: {counts['untried']} untried, {counts['unbuildable']} unbuildable.\n"
     )
     parts += [
@@ -69,7 +72,8 @@ def render(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: row.name):
         if row.status in _RAN:
             sites = "" if row.sites is None else str(row.sites)
-            parts.append(f"| {row.name} | {row.kind} | {sites} | {row.status} | {_cell(row.reason)} |")
+            reason = f"{row.reason} — converted with `{row.cured}`" if row.cured else row.reason
+            parts.append(f"| {row.name} | {row.kind} | {sites} | {row.status} | {_cell(reason)} |")
     parts += ["\n## Untried\n", ", ".join(sorted(row.name for row in rows if row.status == "untried")) or "None."]
     parts += ["\n## Unbuildable\n", "| architecture | model | error of the most natural try |", "|---|---|---|"]
     parts += [f"| {r.name} | {r.model} | {_cell(r.reason)} |" for r in rows if r.status == "unbuildable"]
