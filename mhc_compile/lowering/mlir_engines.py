@@ -178,11 +178,15 @@ def _invoke(engine: Any, results: Sequence[Slot], *values: Tensor) -> list[Tenso
     pointers = [ctypes.pointer(ctypes.cast(item, ctypes.c_void_p)) for item in (place, *descriptors)]
     engine.invoke("main", *pointers)
     found, start = [], 0
+    owned = set()  # equal results may have become one buffer
     for slot in results:
         rank = len(slot.shape)
         fields = place[start : start + 3 + 2 * rank]
         start += 3 + 2 * rank
         found.append(_copy_out(fields, rank, slot.dtype))
+        owned.add(fields[0])
+    for allocated in owned:
+        _libc().free(ctypes.c_void_p(allocated))
     return found
 
 
@@ -193,13 +197,12 @@ def _descriptor(value: Tensor) -> Any:
 
 
 def _copy_out(fields: Sequence[int], rank: int, dtype: torch.dtype) -> Tensor:
-    """The tensor behind a result descriptor, copied; what it lay in is freed (it belongs to the caller)."""
-    allocated, aligned, offset, sizes = fields[0], fields[1], fields[2], list(fields[3 : 3 + rank])
+    """The tensor behind a result descriptor, copied; what it lies in belongs to the caller of ``main``."""
+    aligned, offset, sizes = fields[1], fields[2], list(fields[3 : 3 + rank])
     size = torch.Size(sizes).numel() * dtype.itemsize
     result = torch.empty(sizes, dtype=dtype)  # identity layout: row-major
     if size:
         ctypes.memmove(result.data_ptr(), aligned + offset * dtype.itemsize, size)
-    _libc().free(ctypes.c_void_p(allocated))
     return result
 
 

@@ -50,6 +50,22 @@ def test_results_are_copies_in_their_own_dtype(engine: str) -> None:
 
 
 @needs_torch_mlir
+def test_equal_results_are_freed_once() -> None:
+    """The compiler makes one buffer of them."""
+
+    class Equal(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2.0, x * 2.0
+
+    x = torch.randn(3, 5)
+    compiled = mlir.compile_mlir(fx.symbolic_trace(Equal()), x, engine="wheel")
+    for _ in range(3):
+        one, two = compiled(x)
+        assert torch.equal(one, two)
+        assert one.data_ptr() != two.data_ptr()
+
+
+@needs_torch_mlir
 def test_inputs_are_checked_and_made_contiguous() -> None:
     graph, (x, ids) = several()
     compiled = mlir.compile_mlir(graph, x, ids, engine="wheel")
