@@ -2,6 +2,7 @@
 #   make test | make lint | make zoo | make demo        PYTHON=/path/to/python3.12  WORKERS=4
 
 SHELL   := /bin/bash
+comma   := ,
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -34,8 +35,11 @@ clean:
 
 # ---------------------------------------------------------------------------------------------------------------- set-up
 # The stamps live in the environment, so that they go with it.
+# torch-mlir and IREE have wheels for x86-64 Linux (172 MB, Python 3.11 and later): there the tests of MLIR run as well.
+MLIR := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(comma)mlir)
+
 $(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
-	$(PIP) -e '.[dev,hf]'
+	$(PIP) -e '.[dev,hf$(MLIR)]'
 	@touch $@
 
 $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
