@@ -21,6 +21,7 @@ from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.patterns import channel_pre, coefficients, collapse, mix, reading, sinkhorn, stream_norm
 from mhc_compile.patterns.base import Candidate, Refused, Unarrangeable
 from mhc_compile.patterns.judge import Judge
+from mhc_compile.patterns.memo import unchanged
 from mhc_compile.patterns.region import GraphFacts, Region, obstacle, region, relink_writes
 
 
@@ -33,12 +34,16 @@ def raise_chains(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
         return PassResult("raise_chains", notes=["switched off by option raise_patterns"])
     raiser = Raiser(gm, ctx)
     relink_writes(gm.graph)
-    raiser.take(sinkhorn.find(gm.graph), raiser.facts())
+    with unchanged():
+        chains = list(sinkhorn.find(gm.graph))
+    raiser.take(chains, raiser.facts())
     facts = raiser.facts()
-    sites, states = mix.find(gm.graph, facts)
-    norms, normed = stream_norm.find_each(gm.graph, states, facts.static)
-    sites += [*norms, *channel_pre.find(gm.graph, states, normed, facts.static), *mix.unread(states)]
-    raiser.take([*sites, *coefficients.find(states, facts), *collapse.find(gm.graph, states)], facts)
+    with unchanged():
+        sites, states = mix.find(gm.graph, facts)
+        norms, normed = stream_norm.find_each(gm.graph, states, facts.static)
+        sites += [*norms, *channel_pre.find(gm.graph, states, normed, facts.static), *mix.unread(states)]
+        sites += [*coefficients.find(states, facts), *collapse.find(gm.graph, states)]
+    raiser.take(sites, facts)
     raiser.sweep()
     if raiser.raised:
         gm.recompile()

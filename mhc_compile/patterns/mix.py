@@ -129,20 +129,17 @@ def read_post(node: fx.Node, facts: GraphFacts, states: Sequence[fx.Node]) -> Po
         for gate, y in (factors, factors[::-1]):
             mixed = pair(carried)
             for matrix, x in (*((mixed, mixed[::-1]) if mixed else ()), (None, carried)):
-                found = _try_post(node, strip(x), leaf(y), leaf(gate), None if matrix is None else leaf(matrix), facts)
-                if found is not None and _is_site(found, facts, states):
+                state, branch, gates = strip(x), leaf(y), [leaf(h) for h in (gate, matrix) if h is not None]
+                if not facts.depends(branch, state):  # costs little: a rotary embedding has the form of a post-apply
+                    continue
+                found = _try_post(node, state, branch, *gates, facts=facts)
+                if found is not None and all(facts.rests_on(h, [*states, state]) for h in gates):
                     return found
     return None
 
 
-def _is_site(post: Post, facts: GraphFacts, states: Sequence[fx.Node]) -> bool:
-    roots = [*states, post.x]
-    coefficients = [post.gate] if post.matrix is None else [post.gate, post.matrix]
-    return facts.depends(post.y, post.x) and all(facts.rests_on(h, roots) for h in coefficients)
-
-
 def _try_post(
-    node: fx.Node, x: fx.Node, y: fx.Node, gate: fx.Node, matrix: fx.Node | None, facts: GraphFacts
+    node: fx.Node, x: fx.Node, y: fx.Node, gate: fx.Node, matrix: fx.Node | None = None, *, facts: GraphFacts
 ) -> Post | None:
     leaves = [x, y, gate] if matrix is None else [x, y, gate, matrix]
     if len(set(leaves)) != len(leaves) or not all(reading.dtype(own).is_floating_point for own in leaves):

@@ -17,23 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from mhc_compile.patterns.memo import remembered
+
 UNARY = frozenset(
-    [
-        "exp",
-        "log",
-        "sigmoid",
-        "abs",
-        "rsqrt",
-        "sqrt",
-        "square",
-        "reciprocal",
-        "neg",
-        "relu",
-        "tanh",
-        "silu",
-        "softplus",
-        "detach",
-    ]
+    "exp log sigmoid abs rsqrt sqrt square reciprocal neg relu tanh silu softplus detach".split()
 )
 REDUCTIONS = frozenset(["sum", "mean", "amax", "logsumexp", "norm"])
 SHAPELESS = (
@@ -233,10 +220,9 @@ def _is_number(argument: Any) -> bool:
     return isinstance(argument, int | float) and not isinstance(argument, bool)
 
 
-def read(node: Any) -> Op | None:
+@remembered
+def read(node: fx.Node) -> Op | None:
     """The meaning of a node; None if it is not in the table or uses an option that the patterns do not know."""
-    if not isinstance(node, fx.Node):
-        return None
     name, inplace = called_name(node)
     if not name:
         return None

@@ -34,6 +34,8 @@ class GraphFacts:
         self.static: set[fx.Node] = set()
         self.grad_mode: dict[fx.Node, object] = {}
         self._ancestors: dict[fx.Node, int] = {}
+        self._fed: set[fx.Node] = set()
+        """What is computed from a tensor that is an input of the graph and no parameter."""
         self._storage: dict[int, list[fx.Node]] = {}
         self._writes: list[tuple[fx.Node, int | None]] = []
         switches = [node.args[0] for node in graph.nodes if "_set_grad_enabled" in str(node.target)]
@@ -51,6 +53,11 @@ class GraphFacts:
                 or (node.op.startswith("call") and all(source in self.static for source in node.all_input_nodes))
             ):
                 self.static.add(node)
+            elif node.op == "placeholder":
+                if reading.is_tensor(node):
+                    self._fed.add(node)
+            elif not self._fed.isdisjoint(node.all_input_nodes):
+                self._fed.add(node)
             if "_set_grad_enabled" in str(node.target):
                 mode = node.args[0]
             elif "inference_mode" in str(node.target):
@@ -69,12 +76,17 @@ class GraphFacts:
     def rests_on(self, node: fx.Node, roots: Iterable[fx.Node]) -> bool:
         """True if ``node`` is computed from ``roots``, parameters and constants alone."""
         stop, seen, stack = set(roots), set(), [node]
+        mask = 0
+        for root in stop:
+            mask |= 1 << self.order[root]
         while stack:
             current = stack.pop()
             if current in stop or current in self.static or current in seen:
                 continue
-            if current.op in ("placeholder", "get_attr") and reading.is_tensor(current):
-                return False
+            if not self._ancestors[current] & mask:  # no root is above it: what feeds it decides
+                if current in self._fed:
+                    return False
+                continue
             seen.add(current)
             stack.extend(current.all_input_nodes)
         return True
