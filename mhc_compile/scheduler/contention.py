@@ -170,6 +170,7 @@ def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, repeat
     main = torch.cuda.Stream(device, priority=-1 if priority else 0)
     side = torch.cuda.Stream(device, priority=0)
     found = []
+    torch.cuda.synchronize()  # the cases' tensors were made on another stream
     with torch.cuda.stream(main):
         for side_case in sides:
             alone = _replayed(_captured(functools.partial(_row, UNITS, side_case.call), main), repeat) / UNITS

@@ -222,13 +222,16 @@ def _places(
     ready = max(position[other] for other in node.all_input_nodes)
     join = min((position[user] for user in _direct_readers(node)), default=len(position) - 1)
     calls = {name: plan.dag.tasks[name].nodes[0] for name in main}
-    calls = {
-        name: call for name, call in calls.items() if call in position
-    }  # a part made early may be back in its whole
+    # A part made early may be back in its whole by now.
+    calls = {name: call for name, call in calls.items() if call in position}
     behind = [position[call] for name, call in calls.items() if index[name] >= one.join]
     join = min([join, *behind])
     opaque = {name: call for name, call in calls.items() if is_opaque(call)}
     for name, gate in opaque.items():
+        # Only a library's call: a collective works in its argument's own memory, and inductor would compile a kernel of
+        # ours anew for an argument that comes out of an opaque call, whose alignment it does not trust.
+        if not str(gate.target).startswith("aten."):
+            continue
         if index[name] < one.fork or not ready < position[gate] < join:
             continue
         argument = gate_argument(gate, position, position[gate])

@@ -263,3 +263,53 @@ def test_a_model_through_the_backend_with_side_work_is_the_model_without(monkeyp
     for one, other, again in zip(off, early, late, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one, again)
+
+
+KERNELS = """
+import torch
+from mhc_compile.config import Options
+from mhc_compile.lowering.base import LoweringLog
+from mhc_compile.lowering.side import split_coefficients
+from mhc_compile.scheduler import emit
+from mhc_compile.scheduler.schedule import forks, plan_graph
+from tests.lowering import graphs
+from tests.scheduler.test_schedule import table
+
+class Planned(graphs.LowerPass):
+    def __call__(self, graph):
+        super().__call__(graph)
+        if on:
+            plan_graph(graph, table(1.0, "mhc_kernel.activate", 1e-3), split=split_coefficients, forced=True)
+            moved.extend(forks(graph))
+            assert sum("activate_pre" in str(node.target) for node in graph.nodes) == len(list(forks(graph)))
+
+graphs.LowerPass, moved, found = Planned, [], []
+for on in (False, True):
+    torch._dynamo.reset()
+    call = graphs.lowered(graphs.chain, Options(), LoweringLog(), [])
+    found.append(graphs.gradients(call, graphs.inputs(6)))
+    with emit.deferred():
+        found.append(graphs.gradients(call, graphs.inputs(6)))
+assert moved == ["mhc_kernel.activate.default"] * 2, moved
+for other in found[1:]:
+    assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+print("same bits")
+"""
+
+
+def test_our_kernels_on_the_side_give_the_same_bits() -> None:
+    """Under Triton's interpreter: pre made early, post and res at both ends of time, forward and backward."""
+    import os
+    import subprocess
+    import sys
+
+    from mhc_compile.compat import triton_version
+
+    if not triton_version():
+        pytest.skip("Triton is not installed")
+    run = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "same bits" in run.stdout
