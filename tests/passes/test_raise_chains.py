@@ -86,14 +86,18 @@ def test_fp32_numbers_are_those_of_the_unraised_graph(name: str) -> None:
     old, new = run(got.before, got.inputs), run(got.after, got.inputs)
     truth = run(*in_float64(got.before, got.inputs))
     floor = 1e-3 * max(a.abs().max().item() for a in old if a is not None and a.is_floating_point())
-    for a, b, exact in zip(old, new, truth, strict=True):
+    outputs = sum(isinstance(out, Tensor) for out in got.before(*got.inputs))
+    for index, (a, b, exact) in enumerate(zip(old, new, truth, strict=True)):
         assert (a is None) == (b is None)
         if a is None or not a.is_floating_point():
             continue
+        scale = max(a.abs().max().item(), floor)
         error = (a - b).abs().max().item()
-        # Unrolled, a gradient may itself be off by about 1e-5: then ours may not be much further from the truth.
+        # A gradient that is a sum with cancellation may be off by about 1e-5 unrolled as well: two roundings of one
+        # number. Then ours may not be much further from float64 than theirs, and not far in any case.
         theirs, ours = ((x.double() - exact).abs().max().item() for x in (a, b))
-        assert error <= 1e-5 * max(a.abs().max().item(), floor) or ours <= 2.0 * theirs
+        near = index >= outputs and ours <= 2.0 * theirs and error <= 3e-5 * scale
+        assert error <= 1e-5 * scale or near
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -125,6 +129,27 @@ def test_a_family_trains_under_the_backend(name: str) -> None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_best_failed_match_and_its_reason_reach_the_report() -> None:
+    """One step of a Sinkhorn has another eps: the report says which, and where, and raises the mixing all the same."""
+
+    def perturbed(logits: Tensor) -> Tensor:
+        m = logits.softmax(-1) + 1e-6
+        for step in range(4):
+            m = m / (m.sum(-2, keepdim=True) + (1e-3 if step == 2 else 1e-6))
+            m = m / (m.sum(-1, keepdim=True) + 1e-6)
+        return m
+
+    report = mhc_compile.explain(model(Pieces(sinkhorn=perturbed), sites=1), tokens())
+    assert report.error == ""
+    (result,) = [result for result in report.passes if result.name == "raise_chains"]
+    assert {"1 x post", "1 x pre"} <= set(result.notes)
+    (refusal,) = [refusal for refusal in result.refusals if refusal.what == "sinkhorn"]
+    assert refusal.reason == "step 5 has another eps (0.001) than step 1 (1e-06)"
+    assert refusal.module == "sites.0"
+    assert "test_raise_chains.py:" in refusal.where
+    assert refusal.reason in " ".join(str(report).split())
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_explain_says_what_is_raised(name: str) -> None:
     family(name)
@@ -132,6 +157,7 @@ def test_explain_says_what_is_raised(name: str) -> None:
     assert report.error == ""
     (result,) = [result for result in report.passes if result.name == "raise_chains"]
     assert "2 x post" in result.notes
+    assert result.refusals == []
     assert not report.chains
 
 
