@@ -22,21 +22,16 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
         "num_warps": 8}, {"BC": 512, "num_warps": 4}, {"BC": 256, "num_warps": 1},
     ]),
     "post_dots": (post, "dots_config", [
-        {"LANES": 32 * warps, "INNER": inner, "STAGES": stages, "UNROLL": unroll, "num_warps": warps}
-        for warps, inner, stages, unroll in (
-            (1, 8, 1, 2), (1, 8, 2, 1), (1, 8, 4, 1), (2, 8, 1, 1), (2, 8, 2, 1), (2, 8, 3, 1), (4, 4, 2, 1),
-            (4, 4, 3, 1),
-        )
+        {"LANES": 32 * warps, "INNER": inner, "num_warps": warps}
+        for warps, inner in ((1, 8), (2, 8), (4, 8), (4, 4))
     ]),
     "pre_norm": (pre_norm, "config", [
         {"BC": 512, "num_warps": 2}, {"BC": 512, "num_warps": 4}, {"BC": 1024, "num_warps": 4},
         {"BC": 1024, "num_warps": 8}, {"BC": 1024, "num_warps": 2},
     ]),
     "pre_norm_dots": (pre_norm, "backward_config", [
-        {"BC": block, "STAGES": stages, "num_warps": warps}
-        for block, stages, warps in (
-            (512, 1, 4), (512, 2, 4), (1024, 1, 4), (1024, 1, 8), (512, 1, 2), (1024, 1, 2), (512, 1, 8),
-        )
+        {"BC": block, "num_warps": warps}
+        for block, warps in ((512, 4), (1024, 4), (1024, 8), (512, 2), (1024, 2), (512, 8))
     ]),
     "pre_dots": (pre, "dots_config", [
         {"LANES": 32, "INNER": 8, "num_warps": 1}, {"LANES": 64, "INNER": 8, "num_warps": 2},
@@ -44,12 +39,8 @@ SWEEPS: dict[str, tuple[Any, str, list[dict[str, int]]]] = {
     ]),
     "project": (coefficients, "project_config", []),
     "streams_backward": (boundary, "streams_config", [
-        {"BT": bt, "BC": bc, "SPAN": span, "STAGES": stages, "UNROLL": unroll, "num_warps": warps}
-        for bt, bc, span, warps, stages, unroll in (
-            (64, 32, 256, 4, 1, 1), (64, 32, 128, 4, 1, 1), (64, 32, 64, 4, 1, 1), (64, 32, 32, 4, 1, 1),
-            (64, 32, 256, 4, 2, 2), (64, 32, 128, 4, 2, 2), (64, 32, 128, 4, 3, 1), (128, 32, 128, 8, 1, 1),
-            (32, 32, 128, 2, 1, 1),
-        )
+        {"BT": bt, "BC": 32, "SPAN": span, "num_warps": warps, "num_stages": 1}
+        for bt, span, warps in ((64, 256, 4), (64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (32, 64, 2))
     ]),
 }  # fmt: skip
 

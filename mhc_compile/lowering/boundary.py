@@ -26,7 +26,7 @@ from torch import Tensor
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients_backward import phi_gradient
-from .launch import by_token, dot, hint, kernel_op, launch, nonempty, stages_of
+from .launch import by_token, dot, hint, kernel_op, launch, nonempty
 
 GROUP = 32
 """Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
@@ -50,8 +50,7 @@ def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
@@ -89,7 +88,7 @@ def streams_backward_kernel(
             low = tl.load(dm_ptr + core * WIDTH + KP + ks[None, :], mask=core < tokens - base, other=0.0)
         multiple = tl.load(multiple_ptr + rows, mask=there, other=0.0)
     first = (program % SPANS) * SPAN
-    for step in tl.range(0, SPAN, BC, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for step in range(0, SPAN, BC):
         columns = (first + step + tl.arange(0, BC))[None, :]
         mask = (there & (columns < C)) if MASKED else there
         state = rows * (N * C) + columns
@@ -129,22 +128,23 @@ def streams_backward_kernel(
 
 
 def span_of(width: int) -> int:
-    """Channels that a program walks over: 256, or less where that divides the width and saves the masks."""
-    for span in (256, 192, 160, 128, 96):
+    """Channels that a program walks over: 64, or another width that divides and saves the masks.
+
+    Neighbouring programs run at the same time and read neighbouring channels, 64 bytes a row and step each. A longer
+    walk would come back to a row after the memory has closed its page: 256 channels cost a sixth more than 64.
+    """
+    for span in (64, 96, 32):
         if width % span == 0:
             return span
-    return min(256, triton.cdiv(width, GROUP) * GROUP)
+    return 64
 
 
-def streams_config(tokens: int, width: int, streams: int, padded: int, like: Tensor) -> dict[str, int]:
-    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them), the next steps' tiles on their
-    way."""
-    span, itemsize = span_of(width), like.element_size()
+def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them)."""
+    span = span_of(width)
     if tokens <= 16 or itemsize > 2:
-        return {"BT": 16, "BC": GROUP, "SPAN": span, "STAGES": 1, "UNROLL": 1, "num_warps": 1}
-    tile = ((2 * streams + 1) * 64 + streams * padded) * GROUP * itemsize
-    stages = stages_of(like.device, tile, 3)
-    return {"BT": 64, "BC": GROUP, "SPAN": span, "STAGES": stages, "UNROLL": 1, "num_warps": 4}
+        return {"BT": 16, "BC": GROUP, "SPAN": span, "num_warps": 1, "num_stages": 1}
+    return {"BT": 64, "BC": GROUP, "SPAN": span, "num_warps": 4, "num_stages": 1}
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
@@ -182,7 +182,7 @@ def streams_backward(
     out = torch.empty_like(x)
     if nonempty(tokens):
         padded = 16 if phi is None else phi.shape[0]
-        config = streams_config(hint(tokens), width, n, padded, x)
+        config = streams_config(hint(tokens), width, x.element_size())
         grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),)
         launch(
             streams_backward_kernel,
@@ -206,8 +206,7 @@ def streams_backward(
             TRANSPOSE=transpose,
             PRE=du is not None,
             COEFFICIENTS=dm is not None,
-            # The second half of dm would be seen in a 16-bit sum only where that has more than bf16's 8 bits.
-            TWO=dm is not None and dm.shape[1] == 2 * padded and x.dtype == torch.float16,
+            TWO=dm is not None and dm.shape[1] == 2 * padded,
             WARPS=config["num_warps"],
             **config,
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +29,6 @@ _UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STREAMS = (1, 2, 3, 4, 8)
-SHARED_MEMORY = 227 * 1024
-"""Bytes of shared memory that a program may have on Hopper."""
 
 
 KERNEL_OPS: dict[Any, Callable[..., Any]] = {}
@@ -89,20 +86,6 @@ def by_token(value: Tensor, trailing: int) -> Tensor:
     """[..., d1 .. dk] -> contiguous [T, d1 .. dk] with `trailing` = k; no copy for contiguous input."""
     tail = value.shape[value.dim() - trailing :]
     return value.contiguous().reshape(math.prod(value.shape[: value.dim() - trailing]), *tail)
-
-
-@functools.cache
-def _shared_memory(index: int) -> int:
-    properties: Any = torch.cuda.get_device_properties(index)  # torch's stub does not list the field
-    return int(properties.shared_memory_per_block_optin)
-
-
-def stages_of(device: torch.device, bytes_a_stage: int, most: int) -> int:
-    """Stages of a loop whose loads run ahead through shared memory (s stages hold s - 1 copies): as many as leave room
-    for two programs a multiprocessor, at least 1 (nothing runs ahead)."""
-    limit = _shared_memory(device.index or 0) if device.type == "cuda" else SHARED_MEMORY
-    room = (limit // 2 if limit >= SHARED_MEMORY else limit) - 18 * 1024
-    return max(1, min(most, room // max(bytes_a_stage, 1) + 1))
 
 
 def block_of(width: int, most: int) -> int:

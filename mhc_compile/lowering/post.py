@@ -84,7 +84,7 @@ def post_kernel(
 def post_dots_kernel(
     grad_ptr, x_ptr, y_ptr, post_ptr, dy_ptr, d_post_ptr, d_res_ptr, C: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr,
-    NEED_RES: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    NEED_RES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>."""
     BC: tl.constexpr = LANES * INNER
@@ -94,7 +94,7 @@ def post_dots_kernel(
     q = load_scalars(post_ptr + token * N, N)
     dq = zeros(NP, LANES)
     dh = zeros(NP * NP, LANES)
-    for block in tl.range(0, (C + BC - 1) // BC, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for block in range((C + BC - 1) // BC):
         offsets = block * BC + lanes
         mask = offsets < C
         y = load_row(y_ptr, token * C, offsets, mask, MASKED)
@@ -143,10 +143,9 @@ def post_config(width: int) -> dict[str, int]:
 
 
 def dots_config(width: int) -> dict[str, int]:
-    """Two warps a token; more would spend their time in the reductions. Loads that run ahead (STAGES) change nothing:
-    enough programs share a multiprocessor."""
+    """Two warps a token; more would spend their time in the reductions."""
     lanes = 64 if width >= 512 else 32
-    return {"LANES": lanes, "INNER": INNER, "STAGES": 1, "UNROLL": 1, "num_warps": lanes // 32}
+    return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
 
 
 @kernel_op("post")

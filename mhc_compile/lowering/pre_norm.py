@@ -38,8 +38,6 @@ from .launch import (
 
 MAX_WIDTH = 16384
 """A row lies in the registers of one program; wider ones would spill."""
-TOKENS = 8
-"""Tokens of a program of the backward: one row of partial weight gradients each."""
 
 
 def refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
@@ -139,7 +137,7 @@ def pre_norm_backward_kernel(
     d_bias_ptr, tokens, GRADS: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BC: tl.constexpr, TOKENS: tl.constexpr, LAYER: tl.constexpr,
     OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr, NEED_PRE: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: TOKENS tokens, one after another.
 
@@ -153,7 +151,7 @@ def pre_norm_backward_kernel(
     lanes = tl.arange(0, BC)
     d_weights = zeros(BLOCKS, BC)
     d_biases = zeros(BLOCKS, BC)
-    for step in tl.range(0, TOKENS, 1, num_stages=STAGES):
+    for step in range(TOKENS):
         here = program * TOKENS + step
         there = here < tokens
         token = tl.minimum(here, tokens - 1)
@@ -239,10 +237,16 @@ def config(width: int) -> dict[str, int]:
 
 
 def backward_config(width: int) -> dict[str, int]:
-    """Four warps where the row fits their registers; loads that run ahead through shared memory made it slower."""
+    """Four warps where the row fits their registers."""
     warps = 4 if 768 < width <= 4096 else config(width)["num_warps"]
     block = config(width)["BC"] if width <= 2560 else 1024 if width <= 8192 else 2048
-    return {"BC": block, "STAGES": 1, "num_warps": warps}
+    return {"BC": block, "num_warps": warps}
+
+
+def tokens_a_program(width: int) -> int:
+    """Tokens of a program of the backward, one row of partial weight gradients each: few, so that 8192 tokens fill the
+    last wave of programs well (three of them share a multiprocessor up to 2560 channels, then two)."""
+    return 8 if width <= 2560 else 16
 
 
 def columns(kind: str) -> int:
@@ -292,7 +296,8 @@ def dots(
     summed over P); what is not needed is empty. `second` and `third`: further addends of dout, each [.., C]."""
     g, x, p, s = by_token(grad, 1), by_token(streams, 2), by_token(h_pre, 1), by_token(statistics, 1)
     tokens, n, width = x.shape
-    programs = triton.cdiv(tokens, TOKENS)
+    block = tokens_a_program(width)
+    programs = triton.cdiv(tokens, block)
     du = x.new_empty((tokens, width))
     d_pre = h_pre.new_empty(h_pre.shape if need_pre else 0)
     d_weight = s.new_empty((programs, width) if need_weight else 0)
@@ -302,7 +307,7 @@ def dots(
             pre_norm_backward_kernel, (programs,), g, g if second is None else by_token(second, 1),
             g if third is None else by_token(third, 1), x, p, x if weight is None else weight.contiguous(), s, du,
             d_pre, d_weight, d_bias, tokens, GRADS=1 + (second is not None) + (third is not None), C=width, N=n,
-            NP=triton.next_power_of_2(n), TOKENS=TOKENS,
+            NP=triton.next_power_of_2(n), TOKENS=block,
             LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
             NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(width),
         )  # fmt: skip
@@ -315,8 +320,9 @@ def _(
     round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool, second: Tensor | None = None,
     third: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    programs = (statistics.numel() // columns(kind) + TOKENS - 1) // TOKENS
     width = streams.shape[-1]
+    block = tokens_a_program(width)
+    programs = (statistics.numel() // columns(kind) + block - 1) // block
     return (
         streams.new_empty((*streams.shape[:-2], width)),
         h_pre.new_empty(h_pre.shape if need_pre else 0),

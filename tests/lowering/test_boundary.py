@@ -10,33 +10,22 @@ from tests.lowering.hopper import BF16, FP32, TOKENS, WIDTH, compile_for_hopper,
 pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs Triton's compiler")
 
 
-def test_nothing_computed_passes_through_shared_memory() -> None:
+def test_stays_out_of_shared_memory() -> None:
     from mhc_compile.lowering import boundary
 
-    config = boundary.streams_config(8192, WIDTH, 4, 32, torch.empty(0, dtype=torch.bfloat16))
-    warps = config.pop("num_warps")
+    config = boundary.streams_config(8192, WIDTH, 2)
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
     pointers = dict.fromkeys(("x_ptr", "grad_ptr", "du_ptr", "dm_ptr", "phi_ptr", "out_ptr"), BF16)
     pointers |= dict.fromkeys(("res_ptr", "pre_ptr", "multiple_ptr"), FP32)
     constants = {"C": WIDTH, "N": 4, "KP": 32, "WIDTH": 64, "WARPS": warps, "TRANSPOSE": False, **config}
-    constants |= dict.fromkeys(("POST", "HAS_RES", "PRE", "COEFFICIENTS", "TWO"), True)
+    constants |= dict.fromkeys(("POST", "HAS_RES", "PRE", "COEFFICIENTS"), True)
     kernel = boundary.streams_backward_kernel
-    made = compile_for_hopper(kernel, pointers, TOKENS, constants, num_warps=warps)
-    assert (made.stack, constants["STAGES"]) == (0, 3)
-    assert "cp.async" in made.ptx, "the next tiles are on their way while this one is computed"
-    assert "shfl" not in made.ptx
-    alone = compile_for_hopper(kernel, pointers, TOKENS, constants | {"STAGES": 1}, num_warps=warps)
-    assert "ld.shared" not in alone.ptx, "the tensor core's layout is the one of the loads: see dealt"
-
-
-def test_stages_fit_the_shared_memory() -> None:
-    from mhc_compile.lowering import boundary
-
-    def stages(streams: int, padded: int, dtype: torch.dtype) -> int:
-        return boundary.streams_config(8192, WIDTH, streams, padded, torch.empty(0, dtype=dtype))["STAGES"]
-
-    assert stages(4, 32, torch.bfloat16) == 3
-    assert stages(8, 128, torch.bfloat16) == 1
-    assert stages(4, 32, torch.float32) == 1
+    for two in (False, True):
+        constants["TWO"] = two
+        made = compile_for_hopper(kernel, pointers, TOKENS, constants, num_warps=warps, num_stages=stages)
+        assert made.stack == 0
+        assert "ld.shared" not in made.ptx, "the tensor core's layout is the one of the loads: see dealt"
+        assert "shfl" not in made.ptx
 
 
 def test_dealt_phi_is_a_padded_permutation() -> None:
@@ -53,4 +42,4 @@ def test_dealt_phi_is_a_padded_permutation() -> None:
 def test_spans_divide_the_width_or_are_masked() -> None:
     from mhc_compile.lowering import boundary
 
-    assert [boundary.span_of(width) for width in (2560, 1600, 288, 96, 50)] == [256, 160, 96, 96, 64]
+    assert [boundary.span_of(width) for width in (2560, 1600, 288, 352, 50)] == [64, 64, 96, 32, 64]

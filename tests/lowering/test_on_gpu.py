@@ -31,9 +31,11 @@ def _on_the_device() -> Iterator[None]:
         yield
 
 
+SPEC = ops.CoefficientSpec(streams=4).op_arguments()
+
+
 def site(x: Any, phi: Any, bias: Any, alpha: Any, weight: Any) -> Any:
-    spec = ops.CoefficientSpec(streams=x.shape[-2]).op_arguments()
-    pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **spec)
+    pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **SPEC)
     y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", 1e-6, 0.0, True)
     return torch.ops.mhc.post.default(x, y, post, res, False)
 

@@ -29,7 +29,7 @@ def test_registers(width: int) -> None:
     warps = config.pop("num_warps")
     pointers = dict.fromkeys(("grad_ptr", "second_ptr", "third_ptr", "x_ptr", "weight_ptr", "du_ptr"), BF16)
     pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr", "d_pre_ptr", "d_weight_ptr", "d_bias_ptr"), FP32)
-    constants = {"C": width, "NP": 4, "GRADS": 3, "TOKENS": pre_norm.TOKENS, **ATTRIBUTES, **config}
+    constants = {"C": width, "NP": 4, "GRADS": 3, "TOKENS": pre_norm.tokens_a_program(width), **ATTRIBUTES, **config}
     constants |= {"NEED_PRE": True, "NEED_WEIGHT": True, "NEED_BIAS": False}
     made = compile_for_hopper(pre_norm.pre_norm_backward_kernel, pointers, TOKENS, constants, num_warps=warps)
     assert made.stack == 0
