@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from mhc_compile import compat
@@ -20,11 +21,13 @@ from mhc_compile.config import Resolved, resolve
 from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
-from mhc_compile.lowering.inductor import config_patches
+from mhc_compile.lowering.inductor import config_patches, source_hash
 from mhc_compile.lowering.mlir import compile_inference
+from mhc_compile.lowering.side import register_kernels, split_coefficients
 from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
+from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
 from mhc_compile.verify import verify
 
 log = logging.getLogger("mhc_compile")
@@ -64,7 +67,7 @@ def mhc(
         if resolved.options.verify:
             verify(gm, example_inputs, conversion, resolved.options)
         lowering = LoweringLog()
-        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering)
+        inner = _compile(conversion.gm, conversion.inputs, resolved, lowering, conversion.report.schedule)
         conversion.commit()
         _publish(conversion, lowering)
         _warn_of_the_rest(conversion)
@@ -120,7 +123,11 @@ def _warn_of_the_rest(conversion: Conversion) -> None:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], resolved: Resolved, lowering: LoweringLog
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    resolved: Resolved,
+    lowering: LoweringLog,
+    schedule: ScheduleLog | None = None,
 ) -> Callable[..., Any]:
     """Hand a graph to what the options ``compiler`` and ``lowering`` name."""
     options = resolved.options
@@ -130,6 +137,9 @@ def _compile(
     if options.lowering == "mlir":
         return compile_inference(gm, inputs, lowering)
     settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
+    if options.schedule == "auto" and schedule is not None:
+        register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
+        settings = schedule_patches(settings, schedule, split_coefficients, source_hash())
     return compat.inductor_compile(gm, inputs, settings)
 
 

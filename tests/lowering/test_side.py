@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 from mhc_compile.compat import triton_version
-from mhc_compile.lowering.side import split_coefficients
+from mhc_compile.lowering.side import register_kernels, split_coefficients
 from mhc_compile.ops import CoefficientSpec
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
@@ -86,3 +89,20 @@ def test_every_case_of_the_calibration_runs() -> None:
         assert size > 0, kind
         first = result if isinstance(result, Tensor) else result[0]  # type: ignore[index]  # a tuple of tensors
         assert bool(torch.isfinite(first.float()).all()), kind
+
+
+REGISTER = """
+import torch
+from mhc_compile.lowering.side import register_kernels
+register_kernels(torch.device("meta"))
+assert not hasattr(torch.ops.mhc_kernel, "activate"), "no kernels there, Triton is not imported"
+register_kernels(torch.device("cpu"))
+torch.ops.mhc_kernel.activate.default, torch.ops.mhc_kernel.logits_backward.default
+"""
+
+
+def test_a_fresh_process_knows_the_ops_that_a_cached_graph_names() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", REGISTER], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    register_kernels(None)
