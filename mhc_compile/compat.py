@@ -63,6 +63,16 @@ def evaluate_source(name: str, scope: dict[str, Any]) -> Any:
     return eval(name, {**scope, "__builtins__": builtins.__dict__})  # Dynamo's own guard expressions
 
 
+def graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule that writes its Python when it is first run or asked for it, if Dynamo's own graphs do.
+
+    Most are never run as they are: AOTAutograd interprets their nodes.
+    """
+    from torch.fx._lazy_graph_module import _make_graph_module
+
+    return _make_graph_module(root, graph)
+
+
 def guard_instance(source: Any) -> None:
     """Tie the compiled artefact of the current frame to the very object that ``source`` evaluates to.
 

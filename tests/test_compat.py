@@ -91,6 +91,19 @@ def test_whose_backend_compiles() -> None:
     assert compat.compiled_by_torch() is False
 
 
+def test_graph_modules_are_written_when_they_are_run() -> None:
+    """Within a compilation, as Dynamo's own; at once outside of one."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    def look(gm: Any, inputs: Any) -> Any:
+        copy = compat.graph_module(gm, gm.graph)
+        return isinstance(copy, _LazyGraphModule), torch.equal(copy(*inputs)[0], gm(*inputs)[0]), copy.code == gm.code
+
+    assert seen_inside(look) == (isinstance(seen_inside(lambda gm, inputs: gm), _LazyGraphModule), True, True)
+    plain = torch.fx.symbolic_trace(torch.nn.ReLU())
+    assert not isinstance(compat.graph_module(plain, plain.graph), _LazyGraphModule)
+
+
 def test_sizes_are_kept_and_dropped() -> None:
     """What was seen within is forgotten, what was seen before is not."""
 

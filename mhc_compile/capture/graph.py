@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from mhc_compile import compat
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _STACK_NAME = re.compile(r"^(?:[LG]\[['\"][^'\"]+['\"]\]\.?)")
@@ -30,7 +33,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if source is not None:
             copy._dynamo_source = source  # type: ignore[attr-defined]  # Dynamo's own attribute, read by AOTAutograd
         mapping[node] = copy
-    result = fx.GraphModule(gm, graph)
+    result = compat.graph_module(gm, graph)
     result.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "compile_subgraph_reason"):
         if hasattr(gm, name):
@@ -49,11 +52,18 @@ def meta_value(node: Any) -> Any:
 
 def user_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the user's stack, relative to the working directory where possible."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    trace = node.meta.get("stack_trace")
+    return _innermost(trace, os.getcwd()) if trace else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _innermost(trace: str, directory: str) -> str:
+    """``file:line`` of the last frame of a stack trace; all nodes of a line, and every pass, ask for the same."""
+    frames = _FRAME.findall(trace)
     if not frames:
         return ""
     file, line = frames[-1]
-    relative = os.path.relpath(file)
+    relative = os.path.relpath(file, directory)
     return f"{file if relative.startswith('..') else relative}:{line}"
 
 
