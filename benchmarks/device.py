@@ -1,33 +1,11 @@
-"""What every benchmark shares: the unit u, timing by device events, the machine, the JSON."""
+"""What the benchmarks of kernels share: the unit u and timing by device events. ``record`` writes their results."""
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import torch
-
-RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, str]:
-    """Device and the versions that matter."""
-    found = {
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    for name in ("torch", "triton", "transformers", "liger-kernel", "tile-kernels", "tilelang"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def median_us(function: Callable[[], object], repeat: int = 30, warmup: int = 5, flush: bool = True) -> float:
@@ -68,12 +46,3 @@ def unit_us(tokens: int, width: int) -> float:
     seconds = median_us(lambda: target.copy_(source), repeat=20, flush=False) / 1e6
     bandwidth = 2 * source.numel() * 2 / seconds
     return tokens * width * 2 / bandwidth * 1e6
-
-
-def save(name: str, results: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json with the machine beside the numbers."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    command = " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    path.write_text(json.dumps({"machine": machine(), "command": command, **results}, indent=1) + "\n")
-    return path

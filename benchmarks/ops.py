@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import graphed, median_us, save, unit_us
+from benchmarks.device import graphed, median_us, unit_us
+from benchmarks.record import RESULTS, record
 from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, pre_norm, sinkhorn
 from mhc_compile.ops import CoefficientSpec
 
@@ -152,7 +153,7 @@ def main() -> None:
                     "u": us / u,
                     "floor_u": floor,
                 }
-    print(save(arguments.name, {"tokens": arguments.tokens, "results": results}))
+    record("ops", results, RESULTS / f"{arguments.name}.json", tokens=arguments.tokens)
 
 
 if __name__ == "__main__":

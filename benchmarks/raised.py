@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.device import median_us, save
+from benchmarks.device import median_us
+from benchmarks.record import RESULTS, record
 
 
 def build(layers: int, hidden: int, device: str) -> nn.Module:
@@ -78,7 +79,7 @@ def main() -> None:
             results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:600]}"}
         print(f"{name:16s} {results[name]}", flush=True)
     shape = {"layers": arguments.layers, "tokens": arguments.tokens, "width": arguments.width}
-    print(save(arguments.name, {**shape, "results": results}))
+    record("raised", results, RESULTS / f"{arguments.name}.json", **shape)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.device import RESULTS, machine
+from benchmarks.record import RESULTS, record
 
 STREAMS, ITERATIONS, EPS = 4, 20, 1e-6
 VARIANTS = {
@@ -165,18 +164,16 @@ def main() -> None:
     plain = medians["plain residuals, inductor"]["cpu_s"]
     for row in medians.values():
         row["cpu_over_plain"] = round(row["cpu_s"] / plain, 2)
-    result = {
-        "what": "wall and processor seconds to compile and run the first forward and backward, cold",
-        "sites": 2 * arguments.layers,
-        "sinkhorn_iterations": ITERATIONS,
-        "repeat": arguments.repeat,
-        "machine": {**machine(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},
-        "median": medians,
-    }
-    path = Path(RESULTS) / f"raising_{arguments.device}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    path = record(
+        "raising",
+        medians,
+        RESULTS / f"raising_{arguments.device}.json",
+        what="wall and processor seconds to compile and run the first forward and backward, cold: medians",
+        sites=2 * arguments.layers,
+        sinkhorn_iterations=ITERATIONS,
+        repeat=arguments.repeat,
+    )
+    print(path.read_text())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "tile-kernels", "mhc-compile")
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "tile-kernels", "tilelang", "mhc-compile")
 
 
 def machine() -> dict[str, Any]:
@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
         "gpu": gpu,
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": versions,
         "commit": _commit(),
@@ -37,8 +38,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, results: dict[str, Any], out: str = "", **facts: Any) -> pathlib.Path:
-    """Write ``results`` to ``out`` or to benchmarks/results/<name>-<gpu or cpu>.json and return the path."""
+def record(name: str, results: dict[str, Any], out: str | pathlib.Path = "", **facts: Any) -> pathlib.Path:
+    """Write ``results`` to ``out`` or to benchmarks/results/<name>-<gpu or cpu>.json and return the path.
+
+    A result lies in the file under ``results``, ``facts`` (sizes, what is measured) and ``machine`` beside it.
+    """
     where = "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name().split()[-1].lower()
     path = pathlib.Path(out) if out else RESULTS / f"{name}-{where}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

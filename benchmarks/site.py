@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device import median_us, save, unit_us
+from benchmarks.device import median_us, unit_us
+from benchmarks.record import RESULTS, record
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
@@ -203,7 +204,8 @@ def main() -> None:
                 print(f"  {name:38s} {results[key]['status']}", flush=True)
             torch.cuda.empty_cache()
     print({f"{op}:{provider}": count for (op, provider), count in log.counts().items()})
-    print(save(arguments.name, {"tokens": arguments.tokens, "sites": arguments.sites, "results": results}))
+    path = RESULTS / f"{arguments.name}.json"
+    record("site", results, path, tokens=arguments.tokens, sites=arguments.sites)
 
 
 def measure(

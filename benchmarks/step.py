@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.device import median_us, save
+from benchmarks.device import median_us
+from benchmarks.record import RESULTS, record
 from mhc_compile.backend import mhc
 
 ROWS: dict[str, dict[str, Any] | None] = {
@@ -111,11 +112,8 @@ def main() -> None:
             flush=True,
         )
     if not arguments.only:
-        print(
-            save(
-                "step", {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length], "results": results}
-            )
-        )
+        tokens_of = [arguments.batch, arguments.length]
+        record("step", results, RESULTS / f"{arguments.name}.json", layers=arguments.layers, tokens=tokens_of)
 
 
 if __name__ == "__main__":
