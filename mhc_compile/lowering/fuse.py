@@ -181,5 +181,9 @@ def run(graph: fx.Graph, log: LoweringLog) -> None:
         from . import post_pre_norm
 
         post_pre_norm.merge(graph, log, kernels.refusal)
+    if "post" in names and names & set(_STATE_ARGUMENT):  # a state of the forward that the backward graph rebuilds
+        from . import replay
+
+        replay.merge(graph, log, kernels.refusal)
     if names & set(_STATE_ARGUMENT):
         merge_stream_gradients(graph, log)

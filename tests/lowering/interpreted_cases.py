@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile import ops
-from mhc_compile.lowering import boundary, coefficients, launch, post, post_pre_norm, pre, pre_norm, sinkhorn
+from mhc_compile.lowering import boundary, coefficients, launch, post, post_pre_norm, pre, pre_norm, replay, sinkhorn
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 
 CASES = [
@@ -145,6 +145,21 @@ def test_post_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead:
         alone = post.forward(x, y, q, mix, transpose)
         assert torch.equal(state, alone)
         check((out, statistics), pre_norm.forward(alone, p, *norm), 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), CASES)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_replay(count: int, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    """A block of sites in one call: the same bits as post after post."""
+    x = torch.randn(*lead, n, width).to(dtype)
+    ys = [torch.randn(*lead, width).to(dtype) for _ in range(count)]
+    posts = [torch.randn(*lead, n) for _ in range(count)]
+    mixes = [torch.randn(*lead, n, n) / n for _ in range(count)]
+    for given, transpose in ((mixes, False), (mixes, True), ([], False)):
+        state = x
+        for index, got in enumerate(replay.forward(x, ys, posts, given, transpose)):
+            state = post.forward(state, ys[index], posts[index], given[index] if given else None, transpose)
+            assert torch.equal(got, state)
 
 
 def test_pre_norm_of_a_gradient_in_parts() -> None:
