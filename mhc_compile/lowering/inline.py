@@ -132,11 +132,11 @@ def replace_by_function(
     outputs = inline(node.graph, node, body, nodes)
     mode = next((own.fake_mode for source in nodes if isinstance(own := source.meta["val"], FakeTensor)), None)
     with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
-        _renew(_between(before, node))
+        _renew(between(before, node))
     replace(node, outputs)
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     """The nodes after `first` and before `last`."""
     nodes, node = [], first.next
     while node is not last:
@@ -145,4 +145,4 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-__all__ = ["Bodies", "fake", "inline", "replace", "replace_by_function", "signature", "trace"]
+__all__ = ["Bodies", "between", "fake", "inline", "replace", "replace_by_function", "signature", "trace"]

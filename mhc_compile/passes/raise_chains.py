@@ -17,6 +17,7 @@ from torch import fx
 from mhc_compile import ops
 from mhc_compile.capture import Builder, qualified_module, user_line
 from mhc_compile.compat import source_name
+from mhc_compile.lowering.inline import between
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.patterns import channel_pre, coefficients, collapse, mix, reading, sinkhorn, stream_norm
 from mhc_compile.patterns.base import Candidate, Refused, Unarrangeable
@@ -105,7 +106,7 @@ class Raiser:
             reason = str(error)
         except (RuntimeError, TypeError, ValueError) as error:  # the op itself does not take these shapes or types
             reason = f"the op cannot be built here: {str(error).splitlines()[0]}"
-        created = _between(previous, point)
+        created = between(previous, point)
         if reason is None:
             reason = _hoist(created, facts)
         if reason is None:
@@ -153,15 +154,6 @@ class Raiser:
 
 _TAGS = ("recompute", "ac_graph_id", "custom")
 """What a checkpoint or a user wrote on a node, and the nodes in its place must say as well."""
-
-
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes after ``first`` and before ``last``."""
-    nodes, node = [], first.next
-    while node is not last:
-        nodes.append(node)
-        node = node.next
-    return nodes
 
 
 def _hoist(created: list[fx.Node], facts: GraphFacts) -> str | None:
