@@ -125,7 +125,7 @@ def test_the_order_of_the_rows_is_the_layout() -> None:
 
 
 class PerStream(Site):
-    """Each stream has its own norm: not the norm of the op, which therefore starts behind it."""
+    """Each stream has its own norm: not the norm of coefficients, which therefore start behind it."""
 
     def __init__(self) -> None:
         super().__init__(Pieces())
@@ -139,7 +139,8 @@ class PerStream(Site):
 
 def test_behind_a_norm_of_another_kind_the_op_starts_without_one() -> None:
     got = raised(model(PerStream), tokens())
-    assert got.ops == WHOLE
+    assert got.reasons == []
+    assert got.ops == {**WHOLE, "stream_norm": 2}
     assert {a["norm"] for a in got.attributes("coefficients")} == {"none"}
     got.assert_same()
 
