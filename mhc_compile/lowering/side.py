@@ -45,7 +45,10 @@ def split_coefficients(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, Callable
         with graph.inserting_before(node):
             kept = {name: value for name, value in named.items() if name not in ("alpha_post", "alpha_res")}
             early = graph.call_function(torch.ops.mhc_kernel.activate_pre.default, tuple(kept.values()))
-        early.meta.update({key: value for key, value in node.meta.items() if key != "val"}, val=pre[0].meta["val"])
+        early.meta["val"] = pre[0].meta["val"]
+        early.meta.update(
+            {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "seq_nr") if key in node.meta}
+        )
         found.append((node, early, _Merge(pre[0], early)))
         pre[0].replace_all_uses_with(early)
     return found

@@ -283,6 +283,8 @@ def move(
     with graph.inserting_before(fork_before):
         fork = graph.call_function(FORK, (list(passed), call, slot))
         fork.meta["val"] = fakes
+        if "eager_input_vals" in node.meta:  # by them inductor gives a custom op the strides that it was traced with
+            fork.meta["eager_input_vals"] = ((fakes, call, slot), {})
         for index, fake in enumerate(fakes):
             item = graph.call_function(operator.getitem, (fork, index))
             item.meta["val"] = fake
