@@ -344,11 +344,12 @@ def parallel_layer(tokens: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
     from mhc_compile.ops import CoefficientSpec
 
     spec, group, torch_ops = CoefficientSpec(), dist.group.WORLD, torch.ops.mhc
+    attributes = spec.op_arguments()  # Dynamo of torch 2.11 cannot trace the making of it
 
     def function(x: Tensor, up: Tensor, down: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
         state = torch_ops.expand(x, 4)
         for _ in range(4):
-            pre, post, res, _ = torch_ops.coefficients(state, phi, bias, alpha, alpha, alpha, **spec.op_arguments())
+            pre, post, res, _ = torch_ops.coefficients(state, phi, bias, alpha, alpha, alpha, **attributes)
             u = torch_ops.pre(state, pre)
             y = all_reduce(nn.functional.silu(u @ up) @ down, "sum", group)
             state = torch_ops.post(state, y, post, res, False)
