@@ -22,8 +22,9 @@ from mhc_compile.convert import Conversion, as_error, convert, tie_failure
 from mhc_compile.errors import MhcError, NotConvertedWarning
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches, source_hash
+from mhc_compile.lowering.kernels import register_kernels
 from mhc_compile.lowering.mlir import compile_inference
-from mhc_compile.lowering.side import register_kernels, split_coefficients
+from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.passes.recompute import PLAN_KEY
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
@@ -137,8 +138,8 @@ def _compile(
     if options.lowering == "mlir":
         return compile_inference(gm, inputs, lowering)
     settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
+    register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
     if options.schedule == "auto" and schedule is not None:
-        register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
         settings = schedule_patches(settings, schedule, split_coefficients, source_hash())
     return compat.inductor_compile(gm, inputs, settings)
 

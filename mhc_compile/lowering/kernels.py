@@ -41,6 +41,16 @@ def platform_refusal(device: torch.device | None) -> str:
     return ""
 
 
+def register_kernels(device: torch.device | None) -> None:
+    """Make the `mhc_kernel::` ops known where kernels run on `device`.
+
+    A compiled graph that comes from inductor's cache in another process runs no pass of ours, and names them as text.
+    """
+    if not platform_refusal(device):
+        from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
+        from . import post_pre_norm, pre_norm, replay  # noqa: F401  # isort: skip
+
+
 def refusal(name: str, named: dict[str, Any]) -> str:
     """Why no kernel takes the node; empty if one does. `named` are the node's arguments."""
     if name.startswith(("expand", "collapse")):

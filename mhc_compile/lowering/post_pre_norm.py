@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import inline, replace, trace
 from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, store_row
-from .pre_norm import columns, config, mixed
+from .pre_norm import columns, config, mixed, write_normed
 
 
 @triton.jit
@@ -62,30 +62,9 @@ def post_pre_norm_kernel(
         u = mixed(outs, p, N)
         us = us + (u,)
         total += u if LAYER else u * u
-    mean = 0.0
-    squares = tl.sum(total, axis=0)
-    if LAYER:
-        mean = squares / C
-        total = tl.zeros((BC,), dtype=tl.float32)
-        for block in tl.static_range(BLOCKS):
-            centred = us[block] - mean
-            if MASKED:
-                centred = tl.where(block * BC + lanes < C, centred, 0.0)
-            total += centred * centred
-        squares = tl.sum(total, axis=0)
-        tl.store(statistics_ptr + token * 2, mean)
-    inverse = 1.0 / tl.sqrt(squares / C + EPS)
-    tl.store(statistics_ptr + token * (2 if LAYER else 1) + (1 if LAYER else 0), inverse)
-    for block in tl.static_range(BLOCKS):
-        offsets = block * BC + lanes
-        z = (us[block] - mean) * inverse
-        if ROUND:
-            z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
-        if WEIGHT:
-            z *= load_row(weight_ptr, 0, offsets, offsets < C, MASKED) + OFFSET
-        if BIAS:
-            z += load_row(bias_ptr, 0, offsets, offsets < C, MASKED)
-        store_row(out_ptr, token * C, offsets, z, offsets < C, MASKED)
+    write_normed(
+        us, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT, BIAS
+    )
 
 
 @kernel_op("post_pre_norm")

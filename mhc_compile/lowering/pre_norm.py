@@ -73,26 +73,15 @@ def load_raw(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def pre_norm_kernel(
-    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
+def write_normed(
+    us, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C: tl.constexpr, BC: tl.constexpr,
     LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: one token."""
+    """The norm of a row in blocks `us`, whose element-wise sums (of squares; LAYER: of values) are `total`."""
     MASKED: tl.constexpr = C % BC != 0
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    token = tl.program_id(0).to(tl.int64)
-    p = load_scalars(pre_ptr + token * N, N)
     lanes = tl.arange(0, BC)
-    us = ()
-    total = tl.zeros((BC,), dtype=tl.float32)
-    for block in tl.static_range(BLOCKS):
-        xs = ()
-        for i in tl.static_range(N):
-            xs = xs + (load_raw(x_ptr, (token * N + i) * C, block * BC + lanes, block * BC + lanes < C, MASKED),)
-        u = mixed(xs, p, N)
-        us = us + (u,)
-        total += u if LAYER else u * u
     mean = 0.0
     squares = tl.sum(total, axis=0)
     if LAYER:
@@ -117,6 +106,32 @@ def pre_norm_kernel(
         if BIAS:
             z += load_row(bias_ptr, 0, offsets, offsets < C, MASKED)
         store_row(out_ptr, token * C, offsets, z, offsets < C, MASKED)
+
+
+@triton.jit
+def pre_norm_kernel(
+    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
+    LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: one token."""
+    MASKED: tl.constexpr = C % BC != 0
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    token = tl.program_id(0).to(tl.int64)
+    p = load_scalars(pre_ptr + token * N, N)
+    lanes = tl.arange(0, BC)
+    us = ()
+    total = tl.zeros((BC,), dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        xs = ()
+        for i in tl.static_range(N):
+            xs = xs + (load_raw(x_ptr, (token * N + i) * C, block * BC + lanes, block * BC + lanes < C, MASKED),)
+        u = mixed(xs, p, N)
+        us = us + (u,)
+        total += u if LAYER else u * u
+    write_normed(
+        us, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT, BIAS
+    )
 
 
 @triton.jit

@@ -12,16 +12,6 @@ import torch
 from torch import fx
 
 from .base import arguments
-from .kernels import platform_refusal
-
-
-def register_kernels(device: torch.device | None) -> None:
-    """Make the ops known that a call on the side stream may name, where kernels run on `device`.
-
-    A compiled graph that comes from inductor's cache in another process runs no pass of ours, and names them as text.
-    """
-    if not platform_refusal(device):
-        from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
 
 
 def split_coefficients(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, Callable[[], None]]]:

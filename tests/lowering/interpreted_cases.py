@@ -109,8 +109,13 @@ NORMS = {
 """Name -> kind, offset, round_first, has a weight, has a bias."""
 
 
-@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [*CASES, (4, 300, torch.bfloat16, (19,))])
-@pytest.mark.parametrize("which", list(NORMS))
+@pytest.mark.parametrize(
+    ("which", "n", "width", "dtype", "lead"),
+    [
+        *(("llama", *case) for case in [*CASES, (4, 300, torch.bfloat16, (19,))]),
+        *((which, *case) for which in ("gemma", "plain", "layer") for case in (CASES[0], CASES[2])),
+    ],
+)
 def test_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     kind, offset, round_first, weighted, biased = NORMS[which]
     x, p, g = torch.randn(*lead, n, width).to(dtype), torch.randn(*lead, n), torch.randn(*lead, width).to(dtype)
@@ -131,7 +136,9 @@ def test_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tupl
     check(got, want, 2 * RMS[dtype])
 
 
-@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [*CASES, (4, 300, torch.bfloat16, (5,))])
+@pytest.mark.parametrize(
+    ("n", "width", "dtype", "lead"), [CASES[0], CASES[2], CASES[6], (4, 300, torch.bfloat16, (5,))]
+)
 @pytest.mark.parametrize("which", ["llama", "layer"])
 def test_post_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     """One call gives what post and then pre_norm give, bit for bit."""
@@ -147,8 +154,8 @@ def test_post_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead:
         check((out, statistics), pre_norm.forward(alone, p, *norm), 1e-6 if dtype == torch.float32 else 1e-3)
 
 
-@pytest.mark.parametrize(("n", "width", "dtype", "lead"), CASES)
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize(("n", "width", "dtype", "lead"), [CASES[0], CASES[2], CASES[6]])
+@pytest.mark.parametrize("count", [1, 4])
 def test_replay(count: int, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
     """A block of sites in one call: the same bits as post after post."""
     x = torch.randn(*lead, n, width).to(dtype)

@@ -42,3 +42,22 @@ def test_too_many_steps_run_the_native_backward() -> None:
 
     assert "at most" in sinkhorn.spec_refusal(SinkhornSpec(steps=200), backward=True)
     assert sinkhorn.spec_refusal(SinkhornSpec(steps=200), backward=False) == ""
+
+
+def test_a_plan_is_replayed_by_one_call() -> None:
+    """The same bits with recompute on and off, and the block's sites are rebuilt by the kernel for them."""
+    from mhc_compile.backend import mhc, reports
+    from tests.tiny import ids, tiny
+
+    results = []
+    for recompute in ("off", 2000):
+        torch._dynamo.reset()
+        model = tiny(layers=2)
+        options = {"recompute": recompute, "init": "paper", "sinkhorn_iters": 1}
+        output = torch.compile(model, backend=mhc, options=options, fullgraph=True)(ids())
+        output.float().square().mean().backward()
+        results.append([output.detach(), *(p.grad for p in model.parameters())])
+        replays = reports[-1].log.counts()["replay", "fused"]
+        assert (replays > 0) == (recompute != "off")
+    for off, on in zip(*results, strict=True):
+        assert torch.equal(off, on)

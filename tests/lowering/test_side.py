@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from mhc_compile.compat import triton_version
-from mhc_compile.lowering.side import register_kernels, split_coefficients
+from mhc_compile.lowering.kernels import register_kernels
+from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.ops import CoefficientSpec
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
@@ -93,7 +94,7 @@ def test_every_case_of_the_calibration_runs() -> None:
 
 REGISTER = """
 import torch
-from mhc_compile.lowering.side import register_kernels
+from mhc_compile.lowering.kernels import register_kernels
 register_kernels(torch.device("meta"))
 assert not hasattr(torch.ops.mhc_kernel, "activate"), "no kernels there, Triton is not imported"
 register_kernels(torch.device("cpu"))
