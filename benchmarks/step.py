@@ -111,9 +111,8 @@ def main() -> None:
             f"peak {row['peak_GiB']:.2f} GiB",
             flush=True,
         )
-    if not arguments.only:
-        tokens_of = [arguments.batch, arguments.length]
-        record("step", results, RESULTS / f"{arguments.name}.json", layers=arguments.layers, tokens=tokens_of)
+    shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
+    print(save(arguments.name, {**shape, "results": results}))
 
 
 if __name__ == "__main__":
