@@ -112,7 +112,7 @@ def main() -> None:
             flush=True,
         )
     shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
-    print(save(arguments.name, {**shape, "results": results}))
+    record("step", results, RESULTS / f"{arguments.name}.json", **shape)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from mhc_compile import compat
 
@@ -77,6 +79,35 @@ def qualified_module(node: fx.Node) -> str:
     return re.sub(r"\._modules\['([^']+)'\]", r".\1", name).replace("._modules", "").lstrip(".")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """What a fake tensor of fixed sizes is, but for its identity."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+_UNKNOWN = object()
+
+
+def _kind(value: Any) -> Any:
+    """The kind of an argument: equal for arguments that a result does not tell apart; ``_UNKNOWN`` where it may."""
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
+            return _UNKNOWN
+        size, stride = tuple(value.shape), value.stride()
+        fixed = all(type(number) is int for number in (*size, *stride))
+        return _Tensor(size, stride, value.dtype, value.device) if fixed else _UNKNOWN
+    plain = value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    return (type(value), value) if plain else _UNKNOWN
+
+
+def _empty(kind: _Tensor) -> torch.Tensor:
+    return torch.empty_strided(kind.size, kind.stride, dtype=kind.dtype, device=kind.device)
+
+
 class Builder:
     """Inserts nodes into a graph, each with its fake value and the place of the node it stands for.
 
@@ -92,6 +123,7 @@ class Builder:
             None,
         )
         self._anchor: fx.Node | None = None
+        self._results: dict[tuple[Any, ...], Any] = {}
         self.tags: fx.Node | None = None
         """Node whose recompute tags (an activation checkpoint's) every new node gets."""
 
@@ -131,10 +163,28 @@ class Builder:
         with mode, torch.no_grad():
             if node.op == "call_function":
                 assert callable(node.target)
-                return node.target(*args, **kwargs)
+                return self._run(node.target, args, kwargs)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             raise AssertionError(f"no fake value for a {node.op} node")
+
+    def _run(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``target``. What one of our own ops gives depends on nothing but the kinds of its arguments, and the
+        sites of a model mostly ask for the same: each kind is worked out once."""
+        if getattr(target, "namespace", "") != "mhc":
+            return target(*args, **kwargs)
+        kinds = [_kind(value) for value in (*args, *kwargs.values())]
+        if any(kind is _UNKNOWN for kind in kinds):
+            return target(*args, **kwargs)
+        key = (target, *kinds, *kwargs)
+        if key not in self._results:
+            result = target(*args, **kwargs)
+            made = tuple(map(_kind, result)) if isinstance(result, tuple) else _kind(result)
+            if all(isinstance(kind, _Tensor) for kind in (made if isinstance(made, tuple) else (made,))):
+                self._results[key] = made
+            return result
+        known = self._results[key]
+        return tuple(map(_empty, known)) if isinstance(known, tuple) else _empty(known)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node at the insertion point."""

@@ -70,3 +70,30 @@ def test_names_of_the_users_line_and_module() -> None:
     assert all("tests/tiny.py:" in user_line(node) for node in adds)
     bare = fx.Graph().placeholder("x")
     assert (user_line(bare), qualified_module(bare), meta_value(3)) == ("", "", 3)
+
+
+def test_an_op_of_ours_is_worked_out_once_for_each_kind_of_arguments() -> None:
+    """The fakes are equal in all but identity; another size, dtype or attribute is another kind."""
+    from torch._subclasses import FakeTensorMode
+
+    from mhc_compile import ops
+
+    with FakeTensorMode():
+        x, low = torch.zeros(2, 3, 16), torch.zeros(2, 3, 16, dtype=torch.bfloat16)
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("x", "low", "y")]
+    for node, value in zip(nodes, (x, low, x), strict=True):
+        node.meta["example_value"] = value
+    end = graph.output(())
+    builder = Builder(fx.GraphModule({}, graph))
+    with builder.at(before=end):
+        made = [builder.call(ops.expand.overload, node, 4) for node in (*nodes, nodes[0])]
+        wider = builder.call(ops.expand.overload, nodes[0], 8)
+        named = builder.call(ops.expand.overload, nodes[0], streams=4)
+    values = [meta_value(node) for node in (*made, named)]
+    assert [tuple(value.shape) for value in values] == [(2, 3, 4, 16)] * 5
+    assert [value.dtype for value in values] == [torch.float32, torch.bfloat16, *[torch.float32] * 3]
+    assert meta_value(wider).shape == (2, 3, 8, 16)
+    assert len({id(value) for value in values}) == len({value.untyped_storage()._cdata for value in values}) == 5
+    assert {value.stride() for value in values} == {(192, 64, 16, 1)}
+    assert all(type(value).__name__ == "FakeTensor" for value in values)
