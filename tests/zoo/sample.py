@@ -28,8 +28,9 @@ NAMES = (*TEXT.split(), *OTHERS.split())
 
 HEAD = """# Models, transformers {version}
 
-A sample of [models.md](models.md) with transformers {version} and torch {torch} (CPU), made by `python -m tests.zoo.sample`
-where these are installed; do not edit it by hand. The words are those of that page; the last column is what it says.
+A sample of [models.md](models.md) with transformers {version} and torch {torch} (CPU), made by
+`python -m tests.zoo.sample` where these are installed; do not edit it by hand. The words are those of that page; the
+last column is what it says.
 
 {summary}
 
@@ -72,7 +73,8 @@ def main() -> None:
     rows = []
     for name in wanted:
         row = status.row_of(run.apart(known[name], options.timeout))
-        print(f"{row.name:32} {row.status:12} {row.sites} of {row.expected} + {row.post_norm}  {row.reason}", flush=True)
+        counts = f"{row.sites} of {row.expected} + {row.post_norm}"
+        print(f"{row.name:32} {row.status:12} {counts}  {row.reason}", flush=True)
         rows.append(row)
     if not options.only:
         page(transformers.__version__).write_text(render(rows))
