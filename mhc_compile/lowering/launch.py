@@ -121,6 +121,24 @@ def store_row(pointer, start, offsets, value, mask, MASKED: tl.constexpr) -> Non
 
 
 @triton.jit
+def site_row(
+    xs, y, q, h, o: tl.constexpr, N: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr
+) -> tl.tensor:
+    """q_o y + sum_i H[o, i] X_i of one block, in float32: a stream behind a site.
+
+    The fused multiply-adds are spelled out: left to the compiler, which product is fused differs from kernel to kernel,
+    and a state that is rebuilt would differ in its last bit from the one that was first made.
+    """
+    total = q[o] * y
+    if HAS_RES:
+        for i in tl.static_range(N):
+            total = tl.fma(tl.broadcast_to(h[i * N + o if TRANSPOSE else o * N + i], y.shape), xs[i], total)
+    else:
+        total = tl.fma(tl.broadcast_to(q[o], y.shape), y, xs[o])
+    return total
+
+
+@triton.jit
 def dot(a, b, total) -> tl.tensor:
     """a @ b + total, exact products for float32; the interpreter holds bf16 as raw bits and must be given float32."""
     if _UPCAST:

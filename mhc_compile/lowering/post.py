@@ -32,6 +32,7 @@ from .launch import (
     nonempty,
     places,
     side_by_side,
+    site_row,
     store_row,
     zeros,
 )
@@ -64,19 +65,13 @@ def post_kernel(
     offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
     mask = offsets < C
     q = load_scalars(post_ptr + token * N, N)
-    if HAS_RES:
-        h = load_scalars(res_ptr + token * (N * N), N * N)
+    h = load_scalars(res_ptr + token * (N * N), N * N if HAS_RES else 0)
     y = load_row(y_ptr, token * C, offsets, mask, MASKED)
     xs = ()
     for i in tl.static_range(N):
         xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
     for o in tl.static_range(N):
-        total = q[o] * y
-        if HAS_RES:
-            for i in tl.static_range(N):
-                total += h[i * N + o if TRANSPOSE else o * N + i] * xs[i]
-        else:
-            total += xs[o]
+        total = site_row(xs, y, q, h, o, N, HAS_RES, TRANSPOSE)
         store_row(out_ptr, (token * N + o) * C, offsets, total, mask, MASKED)
 
 

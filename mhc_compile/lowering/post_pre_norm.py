@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import inline, replace, trace
-from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, store_row
+from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
 from .pre_norm import columns, config, mixed, write_normed
 
 
@@ -37,8 +37,7 @@ def post_pre_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     q = load_scalars(post_ptr + token * N, N)
     p = load_scalars(pre_ptr + token * N, N)
-    if HAS_RES:
-        h = load_scalars(res_ptr + token * (N * N), N * N)
+    h = load_scalars(res_ptr + token * (N * N), N * N if HAS_RES else 0)
     lanes = tl.arange(0, BC)
     us = ()
     total = tl.zeros((BC,), dtype=tl.float32)
@@ -50,12 +49,7 @@ def post_pre_norm_kernel(
             xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, offsets < C, MASKED),)
         outs = ()
         for o in tl.static_range(N):
-            value = q[o] * y
-            if HAS_RES:
-                for i in tl.static_range(N):
-                    value += h[i * N + o if TRANSPOSE else o * N + i] * xs[i]
-            else:
-                value += xs[o]
+            value = site_row(xs, y, q, h, o, N, HAS_RES, TRANSPOSE)
             outs = outs + (value.to(state_ptr.dtype.element_ty),)
         for o in tl.static_range(N):
             store_row(state_ptr, (token * N + o) * C, offsets, outs[o], offsets < C, MASKED)

@@ -58,7 +58,7 @@ def mixed(xs, p, N: tl.constexpr) -> tl.tensor:
     """sum_i p_i X_i of one block, rounded to the streams' dtype as `mhc::pre` rounds it, in float32."""
     total = p[0] * xs[0].to(tl.float32)
     for i in tl.static_range(1, N):
-        total += p[i] * xs[i].to(tl.float32)
+        total = tl.fma(tl.broadcast_to(p[i], total.shape), xs[i].to(tl.float32), total)  # see launch.site_row
     return total.to(xs[0].dtype).to(tl.float32)
 
 

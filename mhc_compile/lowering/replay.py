@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import inline, trace
-from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, store_row
+from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
 from .post import post_config
 
 MOST = 4
@@ -37,17 +37,11 @@ def one_site(
 ) -> tl.tensor:  # fmt: skip
     """The streams of one block of channels behind a site, written and returned as they were written."""
     q = load_scalars(post_ptr + token * N, N)
-    if HAS_RES:
-        h = load_scalars(res_ptr + token * (N * N), N * N)
+    h = load_scalars(res_ptr + token * (N * N), N * N if HAS_RES else 0)
     y = load_row(y_ptr, token * C, offsets, mask, MASKED)
     outs = ()
     for o in tl.static_range(N):
-        total = q[o] * y
-        if HAS_RES:
-            for i in tl.static_range(N):
-                total += h[i * N + o if TRANSPOSE else o * N + i] * xs[i]
-        else:
-            total += xs[o]
+        total = site_row(xs, y, q, h, o, N, HAS_RES, TRANSPOSE)
         store_row(out_ptr, (token * N + o) * C, offsets, total, mask, MASKED)
         outs = outs + (total.to(out_ptr.dtype.element_ty).to(tl.float32),)
     return outs
