@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, part_logits, spec_of
+from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, lengths, part_logits, spec_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import tokens_a_program
 
@@ -31,12 +31,7 @@ def activate_pre_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
     base = token * KP
-    r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
-    if NORM != 2:
-        squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
-        for split in tl.static_range(1, SPLITS):
-            squares += tl.load(partial_ptr + split * tokens.to(tl.int64) * KP + base + K, mask=there, other=1.0)
-        r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+    r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
     lines = tl.arange(0, NP)[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
     mask = there[:, None] & (lines < N)
     _, p = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + PRE + lines, PRE + lines, mask, r[:, None],

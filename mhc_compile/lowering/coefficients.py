@@ -112,6 +112,22 @@ def project_kernel(
 
 
 @triton.jit
+def lengths(
+    partial_ptr, base, there, tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """r of each token: the root of the mean square, from the partial sums of squares in column K (1 without a norm)."""
+    r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
+    if NORM != 2:
+        squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
+        for split in tl.static_range(1, SPLITS):
+            part = base + K + tl.full((), split * KP, tl.int64) * tokens
+            squares += tl.load(partial_ptr + part, mask=there, other=1.0)
+        r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+    return r
+
+
+@triton.jit
 def part_logits(
     partial_ptr, bias_ptr, alpha_ptr, offsets, lines, mask, r, tokens, START: tl.constexpr, KP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -138,13 +154,7 @@ def activate_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
     base = token * KP
-    r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
-    if NORM != 2:
-        squares = tl.load(partial_ptr + base + K, mask=there, other=1.0)
-        for split in tl.static_range(1, SPLITS):
-            part = base + K + tl.full((), split * KP, tl.int64) * tokens
-            squares += tl.load(partial_ptr + part, mask=there, other=1.0)
-        r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+    r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
     tl.store(projection_ptr + token * (K + 1) + K, r, mask=there)
     line = tl.arange(0, NP)
     lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)

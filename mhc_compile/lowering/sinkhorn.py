@@ -237,30 +237,27 @@ def tokens_a_program(n: int) -> int:
     return max(1, min(32, 128 // triton.next_power_of_2(n) ** 2))
 
 
+def _run(kernel: Any, matrices: list[Tensor], spec: SinkhornSpec) -> Tensor:
+    """Launch a kernel of [..., n, n] tensors, the last of them the logits, whose shape and dtype the result has."""
+    inputs = [by_token(matrix, 2) for matrix in matrices]
+    out = torch.empty_like(inputs[-1])
+    tokens, n = out.shape[0], out.shape[-1]
+    if nonempty(tokens):
+        block = tokens_a_program(n)
+        launch(
+            kernel, (triton.cdiv(tokens, block),), *inputs, out, tokens, N=n, NP=triton.next_power_of_2(n),
+            TOKENS=block, num_warps=1, **constants(spec),
+        )  # fmt: skip
+    return out.view(matrices[-1].shape)
+
+
 @kernel_op("sinkhorn")
 def forward(
     logits: Tensor, positivity: str, positive_eps: float, first: str, steps: int, eps: float, eps_mode: str
 ) -> Tensor:
     """logits [..., n, n] -> H, by the kernel."""
     spec = SinkhornSpec(positivity, positive_eps, first, steps, eps, eps_mode)  # type: ignore[arg-type]  # flat op arguments
-    x = by_token(logits, 2)
-    out = torch.empty_like(x)
-    tokens, n = x.shape[0], x.shape[-1]
-    if nonempty(tokens):
-        block = tokens_a_program(n)
-        launch(
-            sinkhorn_kernel,
-            (triton.cdiv(tokens, block),),
-            x,
-            out,
-            tokens,
-            N=n,
-            NP=triton.next_power_of_2(n),
-            TOKENS=block,
-            num_warps=1,
-            **constants(spec),
-        )
-    return out.view(logits.shape)
+    return _run(sinkhorn_kernel, [logits], spec)
 
 
 @forward.register_fake
@@ -283,25 +280,7 @@ def backward(
 ) -> Tensor:
     """dH [..., n, n] -> dlogits, by the kernel."""
     spec = SinkhornSpec(positivity, positive_eps, first, steps, eps, eps_mode)  # type: ignore[arg-type]  # flat op arguments
-    x, g = by_token(logits, 2), by_token(grad, 2)
-    out = torch.empty_like(x)
-    tokens, n = x.shape[0], x.shape[-1]
-    if nonempty(tokens):
-        block = tokens_a_program(n)
-        launch(
-            sinkhorn_backward_kernel,
-            (triton.cdiv(tokens, block),),
-            g,
-            x,
-            out,
-            tokens,
-            N=n,
-            NP=triton.next_power_of_2(n),
-            TOKENS=block,
-            num_warps=1,
-            **constants(spec),
-        )
-    return out.view(logits.shape)
+    return _run(sinkhorn_backward_kernel, [grad, logits], spec)
 
 
 @backward.register_fake

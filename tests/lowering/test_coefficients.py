@@ -36,6 +36,21 @@ def test_activate() -> None:
     assert (made.stack, made.registers <= 80) == (0, True)
 
 
+def test_one_token_is_a_constant_to_the_compiler() -> None:
+    """Triton takes an argument of 1 for a constant, which has no `.to`: a single token of a decode step."""
+    from mhc_compile.lowering import activate_pre, coefficients
+
+    names = ("partial", "bias", "alpha_pre", "alpha_post", "alpha_res", "pre", "post", "res", "projection")
+    every = {"TOTAL": 4 * WIDTH, "SPLITS": 16, "TOKENS": 8, **coefficients.activation_constants(CoefficientSpec())}
+    pointers = {f"{name}_ptr": FP32 for name in names}
+    kernel = coefficients.activate_kernel
+    assert compile_for_hopper(kernel, pointers, {}, every | {"tokens": 1}, num_warps=1).stack == 0
+    pointers = {f"{name}_ptr": FP32 for name in ("partial", "bias", "alpha", "pre")}
+    constants = {name: value for name, value in every.items() if name in activate_pre.activate_pre_kernel.arg_names}
+    kernel = activate_pre.activate_pre_kernel
+    assert compile_for_hopper(kernel, pointers, {}, constants | {"tokens": 1}, num_warps=1).stack == 0
+
+
 def test_halves_hold_sixteen_bits() -> None:
     from mhc_compile.lowering import coefficients
 
