@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from mhc_compile.errors import FragmentError, NotConvertedWarning
 from mhc_compile.model import hyper_connections
-from tests.passes.models import WIDTH, Block, Lambda, Mlp, Stack, tokens
+from tests.passes.models import WIDTH, Attention, Block, Lambda, Mlp, Stack, tokens
 
 OPTIONS = {"compiler": "eager", "streams": 2, "sinkhorn_iters": 1}
 
 
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="mhc", options=OPTIONS)
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="mhc", options={**OPTIONS, **options})
 
 
 def names(model: nn.Module) -> list[str]:
@@ -165,3 +165,72 @@ def test_half_a_model_is_said() -> None:
     with pytest.warns(NotConvertedWarning, match="2 residual adds of Lambda are widened, and 2 are left: post-norm"):
         compiled(model)(tokens())
     assert names(model) == ["left.layers.0.mhc0", "left.layers.0.mhc1"]
+
+
+class PostNorm(nn.Module):
+    """A layer as BERT has it: the norm on the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = Attention(norm=None), Mlp(norm=None)
+        self.a, self.b = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x + self.attn(x))
+        return self.b(x + self.mlp(x))
+
+
+def post_norm_stack(breaks: str) -> nn.Module:
+    """Two layers; ``breaks``: where the graph does, "between" two layers or in front of each of a "loop"."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.norm(m.embed(x))
+        if breaks == "loop":
+            for layer in (m.first, m.second):
+                torch._dynamo.graph_break()
+                x = layer(x)
+            return m.head(x)
+        x = m.first(x)
+        if breaks == "between":
+            torch._dynamo.graph_break()
+        return m.head(m.second(x))
+
+    torch.manual_seed(0)
+    parts = {"embed": nn.Linear(3, WIDTH), "norm": nn.LayerNorm(WIDTH), "head": nn.Linear(WIDTH, 3)}
+    return Lambda(forward, first=PostNorm(), second=PostNorm(), **parts)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("breaks", ["between", "loop"])
+def test_break_between_post_norm_layers(breaks: str, training: bool) -> None:
+    """The norm behind the last site of a piece is a part of the stream, which goes on in the next piece."""
+    model = post_norm_stack(breaks).train(training)
+    with torch.set_grad_enabled(training), pytest.raises(FragmentError, match=r"test_fragments\.py"):
+        compiled(model, post_norm="per_stream")(tokens())
+    assert names(model) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_post_norm_layers_in_one_graph(training: bool) -> None:
+    model = post_norm_stack("nowhere").train(training)
+    with torch.set_grad_enabled(training):
+        after = compiled(model, post_norm="per_stream")(tokens())
+    torch.testing.assert_close(after, post_norm_stack("nowhere")(tokens()), rtol=1e-5, atol=1e-6)
+    assert names(model) == [f"{layer}.mhc{i}" for layer in ("first", "second") for i in range(2)]
+
+
+def test_break_inside_the_first_post_norm_site() -> None:
+    """What follows the break begins with the norm of a sum whose branch ran in front of it."""
+
+    class Breaking(PostNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.attn(x)
+            torch._dynamo.graph_break()
+            x = self.a(x + h)
+            return self.b(x + self.mlp(x))
+
+    model = post_norm_stack("nowhere")
+    model.add_module("first", Breaking())
+    with pytest.raises(FragmentError, match="cut"), pytest.warns(NotConvertedWarning, match="runs in pieces"):
+        compiled(model, post_norm="per_stream")(tokens())
+    assert names(model) == []

@@ -12,7 +12,6 @@ of the branch are visited.
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 
 import torch
@@ -23,20 +22,11 @@ from mhc_compile.capture.graph import meta_value, qualified_module, user_line
 from mhc_compile.capture.mutation import INPLACE_ADDS, is_write, op_name, written
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.passes.chains import assemble
-from mhc_compile.passes.roles import LINEAR, NORM, RANDOM, UNARY_LINEAR, WEIGHTED, Roles, channel_axis, summands
+from mhc_compile.passes.roles import UNARY_LINEAR, Roles, channel_axis, summands
 from mhc_compile.passes.sites import ResidualSite
+from mhc_compile.passes.traces import Trace, follow
 
 _ZEROS = frozenset("zeros zeros_like new_zeros".split())
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """Where a value comes from along the stream: the last sum, the way from it, and what cuts the way."""
-
-    root: fx.Node
-    path: frozenset[fx.Node] = frozenset()
-    barrier: fx.Node | None = None
-    barrier_role: str = ""
 
 
 def find_sites(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
@@ -293,30 +283,9 @@ class _Finder:
     # --- traces ------------------------------------------------------------------------------------------------------
 
     def _trace(self, node: fx.Node) -> Trace | None:
-        if node in self.written or not isinstance(meta_value(node), (torch.Tensor, tuple, list)):
+        if node in self.written:
             return None
-        traces = [self.traces[arg] for arg in self.roles.values(node) if arg in self.traces]
-        if not traces:
-            return None
-        role = self.roles.role(node)
-        roots = {trace.root for trace in traces}
-        if role == WEIGHTED or len(roots) > 1:
-            return None
-        barrier = next(((t.barrier, t.barrier_role) for t in traces if t.barrier is not None), None)
-        if barrier is None and role != LINEAR and not (role == NORM and self.ctx.options.post_norm == "per_stream"):
-            barrier = (node, role)
-        if barrier is None and len(traces) > 1 and op_name(node) in ("mul", "imul", "div", "truediv", "matmul"):
-            barrier = (node, "non-linear")
-        root = next(iter(roots))
-        if barrier is not None:
-            per_stream = self.ctx.options.post_norm == "per_stream"
-            if per_stream and barrier[1] != RANDOM:
-                path = frozenset().union(*(t.path for t in traces), {node})
-                if _is_whole_norm(path, node):
-                    return Trace(root, path)
-                return Trace(root, path, *barrier)
-            return Trace(root, frozenset(), *barrier)
-        return Trace(root, frozenset().union(*(t.path for t in traces), {node}))
+        return follow(node, self.traces, self.roles, per_stream=self.ctx.options.post_norm == "per_stream")
 
     def _refuse(self, node: fx.Node, reason: str) -> None:
         module = qualified_module(node)
@@ -330,16 +299,6 @@ def _live(gm: fx.GraphModule) -> set[fx.Node]:
         if node.op == "output" or is_write(node) or any(user in found for user in node.users):
             found.add(node)
     return found
-
-
-def _is_whole_norm(path: frozenset[fx.Node], last: fx.Node) -> bool:
-    """True when a spelled-out norm is complete: its scale (1/rms or the like) has been applied to the stream again."""
-    names = {op_name(node) for node in path}
-    if not names & {"rsqrt", "sqrt", "var", "var_mean", "std"} or op_name(last) not in ("mul", "div", "truediv"):
-        return False
-    value = meta_value(last)
-    operands = [meta_value(arg) for arg in last.all_input_nodes if arg in path]
-    return len(operands) == 2 and all(isinstance(v, torch.Tensor) and v.dim() == value.dim() for v in operands)
 
 
 def _kind(branch: set[fx.Node]) -> str:

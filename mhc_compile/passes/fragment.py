@@ -3,11 +3,15 @@
 The streams would have to cross the border too, and the other side knows nothing of them: a model of which one layer
 is converted is not the model that anybody asked for. A fragment that holds whole chains (a tower, an encoder with its
 final norm) is converted on its own, and so is what follows a break in front of the first layer.
+
+Under ``post_norm="per_stream"`` a norm on the stream is a part of it, for between two sites it is applied to every
+stream: a chain whose last norm is a result crosses the border as the bare sum does, and so does one that begins with
+the norm of half an add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from weakref import WeakSet
 
 import torch
@@ -19,6 +23,7 @@ from mhc_compile.errors import FragmentError
 from mhc_compile.passes.base import PassContext, PassResult, Refusal
 from mhc_compile.passes.roles import LINEAR, Roles, summands
 from mhc_compile.passes.sites import ResidualChain
+from mhc_compile.passes.traces import carried
 
 _in_pieces: WeakSet[nn.Module] = WeakSet()
 """Modules whose submodules, or whose own helper methods with weights, Dynamo has compiled one by one."""
@@ -70,14 +75,18 @@ def _check(gm: fx.GraphModule, ctx: PassContext, roles: Roles, *, unseen: bool) 
                 where=user_line(node) or None,
                 cure=_cure(),
             )
+    per_stream = ctx.options.post_norm == "per_stream"
     for chain in ctx.chains:
-        head_open = _comes_from_input(chain.head, roles)
-        tail_open = _reaches_output(chain.end, roles)
+        ways = _ways_in(gm, chain.head, roles, per_stream=per_stream)
+        head_open = chain.head.op == "placeholder" or any(_is_cut(way, roles) for way in ways)
+        normed = any(roles.role(step) != LINEAR for way in ways for step in way)
+        tail_open = _reaches_output(gm, chain.end, roles, per_stream=per_stream)
         if ctx.break_reason and tail_open:
             _refuse(chain, f"the graph breaks behind it ({ctx.break_reason})")
         if ctx.resumed and head_open and (unseen or ctx.inside):
             _refuse(chain, f"the graph continues after a graph break in front of it{_latest()}")
-        if ctx.inside and head_open and tail_open:
+        # behind a break a norm of an input is what a stem ends with; of an argument it is a norm between two layers
+        if ctx.inside and tail_open and (head_open or (normed and not ctx.resumed)):
             _refuse(chain, f"the graph is one piece of a {ctx.inside}, compiled on its own")
 
 
@@ -131,38 +140,28 @@ def _union(sets: dict[fx.Node, frozenset[fx.Node]], nodes: Iterable[fx.Node]) ->
     return found
 
 
-def _comes_from_input(head: fx.Node, roles: Roles) -> bool:
-    """True when the stream is an input, or such an input with the rest of a branch added to it.
+def _ways_in(gm: fx.GraphModule, head: fx.Node, roles: Roles, *, per_stream: bool) -> list[frozenset[fx.Node]]:
+    """The operations on each way on which an input of as many elements is carried to the beginning of a chain."""
+    ways = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and node not in roles.constant and _elements(node) == _elements(head):
+            ways.append(carried(gm, node, roles, per_stream=per_stream).get(head, frozenset()))
+    return ways
+
+
+def _is_cut(way: Iterable[fx.Node], roles: Roles) -> bool:
+    """True when the rest of a branch is added on the way.
 
     A break inside a branch leaves the carrier among the inputs of the next graph, which begins with the cut add. A
-    cast, a scaling or a position added to an input are what a stem ends with.
+    cast, a scaling, a position added to an input, and a norm are what a stem ends with.
     """
-    if head.op == "placeholder":
-        return True
-    around = _stream_around(head, roles, roles.values)
-    cut = any(summands(node) is not None and len(roles.activations(node)) == 2 for node in around)
-    return cut and any(node.op == "placeholder" for node in around)
+    return any(summands(node) is not None and len(roles.activations(node)) == 2 for node in way)
 
 
-def _reaches_output(end: fx.Node, roles: Roles) -> bool:
+def _reaches_output(gm: fx.GraphModule, end: fx.Node, roles: Roles, *, per_stream: bool) -> bool:
     """True when the stream itself, not a function of it, is a result of the graph after the last site."""
-    around = _stream_around(end, roles, lambda node: [user for user in node.users if user.op != "output"])
-    return any(user.op == "output" for node in around for user in node.users)
-
-
-def _stream_around(start: fx.Node, roles: Roles, near: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """``start`` and what linear operations that keep its number of elements lead to, in the direction of ``near``."""
-    found, queue = {start}, [start]
-    while queue:
-        node = queue.pop()
-        for other in near(node):
-            step = node if other in node.all_input_nodes else other
-            if other in found or other in roles.constant or roles.role(step) != LINEAR:
-                continue
-            if _elements(other) == _elements(start):
-                found.add(other)
-                queue.append(other)
-    return found
+    tail = carried(gm, end, roles, per_stream=per_stream)
+    return any(_elements(node) == _elements(end) and any(u.op == "output" for u in node.users) for node in tail)
 
 
 def _elements(node: fx.Node) -> object:

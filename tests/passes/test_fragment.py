@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -30,9 +31,10 @@ def open_tail(x: Tensor, w: Tensor) -> Tensor:
     return open_ends(F.linear(x, w), w)
 
 
-def check(function: Any, **facts: Any) -> None:
-    gm = traced(function, torch.randn(2, 3, 4), torch.randn(4, 4))
-    ctx = PassContext(Options(), is_parameter=is_parameter, **facts)
+def check(function: Any, post_norm: str = "leave", **facts: Any) -> None:
+    *inputs, _ = inspect.signature(function).parameters
+    gm = traced(function, *(torch.randn(2, 3, 4) for _ in inputs), torch.randn(4, 4))
+    ctx = PassContext(Options(post_norm=post_norm), is_parameter=is_parameter, **facts)
     assert find_sites(gm, ctx).changed == 2
     assert check_fragment(gm, ctx).changed == 0
 
@@ -64,6 +66,76 @@ def test_a_cut_chain_is_refused(function: Any, facts: dict[str, Any]) -> None:
 )
 def test_a_whole_chain_is_not(function: Any, facts: dict[str, Any]) -> None:
     check(function, **facts)
+
+
+def spelled_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def normed_tail(x: Tensor, w: Tensor) -> Tensor:
+    return F.layer_norm(open_tail(x, w), (4,))
+
+
+def spelled_tail(x: Tensor, w: Tensor) -> Tensor:
+    return spelled_norm(open_tail(x, w))
+
+
+def normed_head(x: Tensor, w: Tensor) -> Tensor:
+    return open_head(F.layer_norm(x, (4,)), w)
+
+
+def cut_head(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """y is what the branch of a site has come to in front of the border."""
+    return normed_head(x + torch.tanh(y), w)
+
+
+def cut_spelled_head(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return open_head(spelled_norm(x + torch.tanh(y)), w)
+
+
+def norm_first(x: Tensor, w: Tensor) -> Tensor:
+    return open_ends(F.layer_norm(x, (4,)), w)
+
+
+def normed_ends(x: Tensor, w: Tensor) -> Tensor:
+    x = F.layer_norm(x + F.linear(x, w), (4,))
+    return F.layer_norm(x + F.linear(torch.tanh(x), w), (4,))
+
+
+def read_tail(x: Tensor, w: Tensor) -> Tensor:
+    """The first token of the last norm: the stream itself stays inside."""
+    return normed_tail(x, w)[:, 0]
+
+
+NORMED = [
+    (normed_tail, {"break_reason": "print"}),
+    (spelled_tail, {"break_reason": "print"}),
+    (cut_head, {"resumed": True}),
+    (cut_spelled_head, {"resumed": True}),
+    (norm_first, {"inside": "Model"}),
+]
+
+
+@pytest.mark.parametrize(("function", "facts"), [*NORMED, (normed_ends, {"inside": "Model"})])
+def test_a_norm_that_is_applied_to_every_stream_crosses_the_border_with_it(function: Any, facts: Any) -> None:
+    with pytest.raises(FragmentError, match="chain of 2 sites"):
+        check(function, post_norm="per_stream", **facts)
+
+
+@pytest.mark.parametrize(
+    ("function", "post_norm", "facts"),
+    [
+        *((function, "leave", facts) for function, facts in NORMED),
+        (normed_ends, "per_stream", {}),
+        (normed_tail, "per_stream", {"inside": "Model"}),
+        (cut_head, "per_stream", {"break_reason": "print"}),
+        (normed_head, "per_stream", {"resumed": True, "inside": "Model"}),
+        (norm_first, "per_stream", {"resumed": True, "inside": "Model"}),
+        (read_tail, "per_stream", {"break_reason": "print"}),
+    ],
+)
+def test_a_norm_that_is_not_ends_the_stream(function: Any, post_norm: str, facts: Any) -> None:
+    check(function, post_norm=post_norm, **facts)
 
 
 def second_half(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
