@@ -8,8 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run: a test that fails on some days is a test of the day.
+hypothesis.settings.register_profile("deterministic", derandomize=True)
+hypothesis.settings.load_profile("deterministic")
 
 _OWN_CACHE = "MHC_TEST_OWN_INDUCTOR_CACHE"
 

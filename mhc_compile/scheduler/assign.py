@@ -11,14 +11,16 @@ so that a side task that runs under m from end to end costs the main stream (1 -
 the main stream count as ``memory``. Of a pair that was not measured nothing is known: the main task stands still then,
 which is one stream. While the main stream waits for communication the pair ``communication`` counts.
 
-The search is greedy in the order of the program: a task is moved if the predicted end comes earlier. Where it starts is
+Of a few movable tasks every subset is played; of more the search is greedy in the order of the program: a task is moved
+if the predicted end comes earlier. Where it starts is
 a question of time: as late as still fits before its reader (memory is held no longer than needed), or at once if
 nothing in this graph reads it; then the main stream waits for it only when it has long been done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .contention import Contention, Pair
@@ -170,6 +172,10 @@ def play(
     return clock.now, clock.intervals
 
 
+EXACT = 8
+"""Up to so many moves all subsets are compared."""
+
+
 def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int]:
     """(first place where a task may start, place of its first reader)."""
     first = max((index[one] + 1 for one in dag.before(name)), default=0)
@@ -198,6 +204,29 @@ def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -
         room += seconds(join)
         join += 1
     return Move(name, fork, join) if room > 0 else None
+
+
+def best_subset(moves: Sequence[Move], seconds: Callable[[Sequence[Move]], float]) -> list[Move]:
+    """The moves with the least predicted seconds, of all subsets; the smaller one of two alike."""
+    best: tuple[Move, ...] = ()
+    least = seconds(best)
+    for size in range(1, len(moves) + 1):
+        for subset in itertools.combinations(moves, size):
+            predicted = seconds(subset)
+            if predicted < least - 1e-9:
+                best, least = subset, predicted
+    return list(best)
+
+
+def grown_subset(moves: Sequence[Move], seconds: Callable[[Sequence[Move]], float]) -> list[Move]:
+    """One move after the other in program order, each kept if it is a gain beside those before it."""
+    chosen: list[Move] = []
+    least = seconds(chosen)
+    for move in moves:
+        predicted = seconds([*chosen, move])
+        if predicted < least - 1e-9:
+            chosen, least = [*chosen, move], predicted
+    return chosen
 
 
 def assign(
@@ -233,14 +262,13 @@ def assign(
         kinds = ", ".join(sorted({task.kind for task in candidates}))
         plan.reason = f"nothing was measured of {kinds}" if candidates else "no call of this graph can move"
         return plan
-    for task in known:
-        move = place(dag, task.name, contention, priority)
-        if move is None:
-            continue
-        moves = [*plan.moves, move]
-        seconds, intervals = play(dag, moves, contention, priority, skipped(moves))
-        if seconds < plan.predicted - 1e-9:
-            plan.moves, plan.predicted, plan.timeline = moves, seconds, intervals
+    found = [move for task in known if (move := place(dag, task.name, contention, priority)) is not None]
+
+    def seconds(moves: Sequence[Move]) -> float:
+        return play(dag, moves, contention, priority, skipped(moves))[0]
+
+    plan.moves = best_subset(found, seconds) if len(found) <= EXACT else grown_subset(found, seconds)
+    plan.predicted, plan.timeline = play(dag, plan.moves, contention, priority, skipped(plan.moves))
     if not plan.moves:
         plan.reason = "no gain predicted"
     elif plan.gain < least_gain:

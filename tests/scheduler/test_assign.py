@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhc_compile.scheduler.assign import Move, assign, place, play
+from mhc_compile.scheduler.assign import Move, assign, grown_subset, place, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.dag import Dag, Task
 
@@ -173,7 +173,7 @@ def programs(draw: st.DrawFn) -> Dag:
 
 @settings(max_examples=60, deadline=None)
 @given(programs(), st.sampled_from([-0.5, 0.0, 0.5, 1.0]), st.sampled_from([1.0, 2.0]))
-def test_plans_are_never_predicted_slower_and_near_the_best_subset(dag: Dag, hidden: float, stretch: float) -> None:
+def test_plans_are_never_slower_and_of_few_moves_the_best(dag: Dag, hidden: float, stretch: float) -> None:
     contention = table(hidden, stretch)
     plan = assign(dag, movable, contention, least_gain=0.0)
     assert plan.predicted <= plan.serial + 1e-9
@@ -184,5 +184,6 @@ def test_plans_are_never_predicted_slower_and_near_the_best_subset(dag: Dag, hid
     places = [move for task in dag.tasks.values() if movable(task) if (move := place(dag, task.name, contention))]
     subsets = itertools.chain.from_iterable(itertools.combinations(places, size) for size in range(len(places) + 1))
     best = min(play(dag, subset, contention)[0] for subset in subsets)
-    saved = plan.serial - best
-    assert plan.serial - plan.predicted >= 0.75 * saved - 1e-9
+    assert plan.predicted == pytest.approx(best)
+    grown = grown_subset(places, lambda moves: play(dag, moves, contention)[0])
+    assert best - 1e-9 <= play(dag, grown, contention)[0] <= plan.serial + 1e-9
