@@ -67,15 +67,16 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc_compile"
 
 
-def _file(name: str) -> Path:
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} torch {torch.__version__}").lower()
-    return cache_directory() / f"device-{slug}.json"
+def cache_file(kind: str, device: str) -> Path:
+    """Where what was measured of a device (by this torch) is kept; ``kind`` is the first word of the file's name."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device} torch {torch.__version__}").lower()
+    return cache_directory() / f"{kind}-{slug}.json"
 
 
 def load(name: str) -> Device | None:
     """The measured numbers of a device, None if there are none yet (or the file cannot be used)."""
     try:
-        data = json.loads(_file(name).read_text(encoding="utf-8"))
+        data = json.loads(cache_file("device", name).read_text(encoding="utf-8"))
         device = Device(**data)
         numbers = [device.bandwidth, device.latency, *device.flops.values()]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -86,7 +87,7 @@ def load(name: str) -> Device | None:
 
 def save(device: Device) -> None:
     """Keep the numbers for later processes; a directory that cannot be written to is no error."""
-    path = _file(device.name)
+    path = cache_file("device", device.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from . import kernels
 from .base import TARGETS, LoweringLog, arguments
-from .inline import inline, replace, trace
+from .inline import insert_function, replace
 
 _STATE_ARGUMENT = {
     "post_backward": "streams",
@@ -116,17 +116,7 @@ def _without_stream_gradient(node: fx.Node) -> None:
 def _split(node: fx.Node, pieces: Callable[..., tuple[Tensor, ...]], results: int) -> list[Any]:
     """Replace a backward op by `pieces` of its arguments: first its own `results`, then what the merged gradient needs,
     whose nodes are returned."""
-    args = list(arguments(node).values())
-    positions = [index for index, value in enumerate(args) if isinstance(value, fx.Node)]
-
-    def filled(*values: Any) -> tuple[Tensor, ...]:
-        all_arguments = list(args)
-        for index, value in zip(positions, values, strict=True):
-            all_arguments[index] = value
-        return pieces(*all_arguments)
-
-    nodes = [args[index] for index in positions]
-    outputs = inline(node.graph, node, trace(filled, nodes), nodes)
+    outputs = insert_function(node, pieces, list(arguments(node).values()))
     replace(node, list(outputs[:results]))
     return list(outputs[results:])
 

@@ -103,13 +103,11 @@ def _renew(copies: Sequence[fx.Node]) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]  # an ATen overload
 
 
-def replace_by_function(
-    node: fx.Node, function: Callable[..., Any], args: Sequence[Any], prune: bool = True, bodies: Bodies | None = None
-) -> None:
-    """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs.
-
-    With `bodies`, what was traced for another node of the same signature is copied.
-    """
+def _closed(
+    function: Callable[..., Any], args: Sequence[Any]
+) -> tuple[Callable[..., Any], list[fx.Node], list[Any], Any]:
+    """`function` of the nodes among (or inside) `args` alone, those nodes, and the flattened arguments with their
+    structure."""
     flat, spec = pytree.tree_flatten(list(args))
     positions = [index for index, value in enumerate(flat) if isinstance(value, fx.Node)]
 
@@ -119,7 +117,24 @@ def replace_by_function(
             filled[index] = value
         return function(*pytree.tree_unflatten(filled, spec))
 
-    nodes = [flat[index] for index in positions]
+    return closed, [flat[index] for index in positions], flat, spec
+
+
+def insert_function(before: fx.Node, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The outputs, as nodes, of the traced `function(*args)` in front of `before`; nodes among (or inside) `args`
+    become its inputs."""
+    closed, nodes, _, _ = _closed(function, args)
+    return inline(before.graph, before, trace(closed, nodes), nodes)
+
+
+def replace_by_function(
+    node: fx.Node, function: Callable[..., Any], args: Sequence[Any], prune: bool = True, bodies: Bodies | None = None
+) -> None:
+    """Replace `node` by the traced `function(*args)`; nodes among (or inside) `args` become its inputs.
+
+    With `bodies`, what was traced for another node of the same signature is copied.
+    """
+    closed, nodes, flat, spec = _closed(function, args)
     key = None if bodies is None else signature(function, spec, flat)
     body = None if bodies is None else bodies.get(key)
     if body is None:
@@ -145,4 +160,14 @@ def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-__all__ = ["Bodies", "between", "fake", "inline", "replace", "replace_by_function", "signature", "trace"]
+__all__ = [
+    "Bodies",
+    "between",
+    "fake",
+    "inline",
+    "insert_function",
+    "replace",
+    "replace_by_function",
+    "signature",
+    "trace",
+]

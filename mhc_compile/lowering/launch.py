@@ -67,6 +67,18 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
 
 
+def state_refusal(streams: Tensor, *others: Tensor | None) -> str:
+    """Why no kernel takes a state [..., n, C] with the tensors beside it; empty if one does."""
+    for value in (streams, *others):
+        if value is not None and value.dtype not in FLOATS:
+            return f"dtype {value.dtype}"
+    if streams.shape[-2] not in STREAMS:
+        return f"{streams.shape[-2]} streams, kernels exist for {STREAMS}"
+    if not isinstance(streams.shape[-1], int):
+        return "symbolic hidden size"
+    return ""
+
+
 def hint(size: Any, default: int = 8192) -> int:
     """A size to choose a configuration by; for a symbolic size its example, without a guard on it."""
     return size_hint(size, default)
@@ -102,13 +114,20 @@ def chunk_of(width: int, candidates: tuple[int, ...] = (1024, 512)) -> int:
 
 
 @triton.jit
-def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
-    """One row of channels as float32; unmasked where the block divides the width, so that loads stay 16 bytes wide."""
+def load_raw(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
+    """One row of channels in its own dtype; unmasked where the block divides the width, so that loads stay 16 bytes
+    wide."""
     if MASKED:
         value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
     else:
         value = tl.load(pointer + start + offsets)
-    return value.to(tl.float32)
+    return value
+
+
+@triton.jit
+def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
+    """One row of channels as float32."""
+    return load_raw(pointer, start, offsets, mask, MASKED).to(tl.float32)
 
 
 @triton.jit

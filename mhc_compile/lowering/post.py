@@ -21,8 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    FLOATS,
-    STREAMS,
     by_token,
     chunk_of,
     kernel_op,
@@ -33,6 +31,7 @@ from .launch import (
     places,
     side_by_side,
     site_row,
+    state_refusal,
     store_row,
     zeros,
 )
@@ -43,13 +42,7 @@ INNER = 8
 
 def refusal(x: Tensor, y: Tensor) -> str:
     """Why no kernel takes this `mhc::post` call; empty if one does."""
-    if x.dtype not in FLOATS or y.dtype not in FLOATS:
-        return f"dtypes {x.dtype}, {y.dtype}"
-    if x.shape[-2] not in STREAMS:
-        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
-    if not isinstance(x.shape[-1], int):
-        return "symbolic hidden size"
-    return ""
+    return state_refusal(x, y)
 
 
 @triton.jit

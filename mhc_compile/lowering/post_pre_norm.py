@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
-from .inline import inline, replace, trace
+from .inline import insert_function, replace
 from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
 from .pre_norm import columns, config, mixed, write_normed
 
@@ -119,16 +119,7 @@ def merge(graph: fx.Graph, log: LoweringLog, refused: Any) -> int:
         if state in merged or refused("post", named) or refused("pre_norm", after):
             continue
         values = [*named.values(), *list(after.values())[1:]]
-        positions = [index for index, value in enumerate(values) if isinstance(value, fx.Node)]
-        nodes = [values[index] for index in positions]
-
-        def both(*tensors: Tensor, values: list[Any] = values, at: list[int] = positions) -> tuple[Tensor, ...]:
-            filled = list(values)
-            for index, value in zip(at, tensors, strict=True):
-                filled[index] = value
-            return torch.ops.mhc_kernel.post_pre_norm.default(*filled)  # type: ignore[no-any-return]  # an operator
-
-        outputs = inline(graph, state, trace(both, nodes), nodes)
+        outputs = insert_function(state, torch.ops.mhc_kernel.post_pre_norm.default, values)
         replace(node, list(outputs[1:]))
         replace(state, outputs[0])
         merged.add(state)

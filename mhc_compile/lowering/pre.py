@@ -12,8 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    FLOATS,
-    STREAMS,
     by_token,
     chunk_of,
     kernel_op,
@@ -23,6 +21,7 @@ from .launch import (
     nonempty,
     places,
     side_by_side,
+    state_refusal,
     store_row,
     zeros,
 )
@@ -31,13 +30,7 @@ from .post import INNER
 
 def refusal(x: Tensor) -> str:
     """Why no kernel takes this `mhc::pre` call; empty if one does."""
-    if x.dtype not in FLOATS:
-        return f"dtype {x.dtype}"
-    if x.shape[-2] not in STREAMS:
-        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
-    if not isinstance(x.shape[-1], int):
-        return "symbolic hidden size"
-    return ""
+    return state_refusal(x)
 
 
 @triton.jit

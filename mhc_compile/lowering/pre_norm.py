@@ -22,16 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    FLOATS,
-    STREAMS,
     by_token,
     kernel_op,
     launch,
+    load_raw,
     load_row,
     load_scalars,
     nonempty,
     places,
     side_by_side,
+    state_refusal,
     store_row,
     zeros,
 )
@@ -42,12 +42,9 @@ MAX_WIDTH = 16384
 
 def refusal(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
     """Why no kernel takes this `mhc::pre_norm` call; empty if one does."""
-    if any(value is not None and value.dtype not in FLOATS for value in (x, weight, bias)):
-        return f"dtype {x.dtype}"
-    if x.shape[-2] not in STREAMS:
-        return f"{x.shape[-2]} streams, kernels exist for {STREAMS}"
-    if not isinstance(x.shape[-1], int):
-        return "symbolic hidden size"
+    reason = state_refusal(x, weight, bias)
+    if reason:
+        return reason
     if x.shape[-1] > MAX_WIDTH:
         return f"hidden size {x.shape[-1]}, a row of at most {MAX_WIDTH} fits a program"
     return ""
@@ -60,16 +57,6 @@ def mixed(xs, p, N: tl.constexpr) -> tl.tensor:
     for i in tl.static_range(1, N):
         total = tl.fma(tl.broadcast_to(p[i], total.shape), xs[i].to(tl.float32), total)  # see launch.site_row
     return total.to(xs[0].dtype).to(tl.float32)
-
-
-@triton.jit
-def load_raw(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
-    """One row of channels in its own dtype."""
-    if MASKED:
-        value = tl.load(pointer + start + offsets, mask=mask, other=0.0)
-    else:
-        value = tl.load(pointer + start + offsets)
-    return value
 
 
 @triton.jit

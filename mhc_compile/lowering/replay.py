@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
-from .inline import inline, trace
+from .inline import insert_function
 from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
 from .post import post_config
 
@@ -146,33 +146,22 @@ def merge(graph: fx.Graph, log: LoweringLog, refused: Callable[[str, dict[str, A
             continue
         while len(run) > 1:
             part, run = run[:MOST], run[MOST:]
-            _replace(graph, part)
+            _replace(part)
             log.record("replay", "fused", f"{len(part)} sites")
             calls += 1
     return calls
 
 
-def _replace(graph: fx.Graph, part: list[fx.Node]) -> None:
+def _replace(part: list[fx.Node]) -> None:
     named = [arguments(node) for node in part]
-    count, transpose = len(part), named[0]["transpose"]
+    transpose = named[0]["transpose"]
     mixes = [] if named[0]["h_res"] is None else [each["h_res"] for each in named]
-    nodes = [
-        named[0]["streams"], *(each["y"] for each in named), *(each["h_post"] for each in named), *mixes,
-    ]  # fmt: skip
-
-    def whole(*tensors: Tensor) -> list[Tensor]:
-        ys, posts = list(tensors[1 : 1 + count]), list(tensors[1 + count : 1 + 2 * count])
-        found = torch.ops.mhc_kernel.replay.default(tensors[0], ys, posts, list(tensors[1 + 2 * count :]), transpose)
-        return list(found)
-
-    unique = list(dict.fromkeys(nodes))
-    places = [unique.index(node) for node in nodes]
-    body = trace(lambda *values: whole(*(values[place] for place in places)), unique)
-    outputs = inline(graph, part[0], body, unique)
+    args = (named[0]["streams"], [each["y"] for each in named], [each["h_post"] for each in named], mixes, transpose)
+    outputs = insert_function(part[0], torch.ops.mhc_kernel.replay.default, args)
     for node, output in zip(part, outputs, strict=True):
         node.replace_all_uses_with(output)
     for node in reversed(part):
-        graph.erase_node(node)
+        node.graph.erase_node(node)
 
 
 __all__ = ["MOST", "find", "forward", "merge"]

@@ -29,6 +29,8 @@ from .dag import Dag, Task
 LEAST_GAIN = 0.002
 """Of the graph's seconds: a plan that promises less is noise, and one stream is taken."""
 MAIN_KINDS = ("matmul", "attention", "memory", "communication")
+EXACT = 8
+"""Up to so many moves all subsets are compared."""
 ROOM = 1.25
 """Room left for a side task before its reader, over its predicted time."""
 
@@ -170,10 +172,6 @@ def play(
             clock.advance(task.kind, task.seconds)
             clock._log("main", task, start)
     return clock.now, clock.intervals
-
-
-EXACT = 8
-"""Up to so many moves all subsets are compared."""
 
 
 def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int]:

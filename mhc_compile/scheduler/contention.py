@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import os
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mhc_compile.cost import cache_directory
+from mhc_compile.cost import cache_file
 
 RANGE = 3.0
 """A measured side task stands for those of a third of its bytes up to three times as many."""
@@ -110,15 +109,10 @@ def _near(measured: int, size: int) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ on disk
-def _file(name: str) -> Path:
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name} torch {torch.__version__}").lower()
-    return cache_directory() / f"contention-{slug}.json"
-
-
 def load(name: str) -> Contention | None:
     """The measured pairs of a device, None if there are none yet (or the file cannot be used)."""
     try:
-        data = json.loads(_file(name).read_text(encoding="utf-8"))
+        data = json.loads(cache_file("contention", name).read_text(encoding="utf-8"))
         found = Contention(data["device"], tuple(Pair(**pair) for pair in data["pairs"]))
         numbers = [number for one in found.pairs for number in (one.main_seconds, one.side_seconds, one.stretch)]
         sound = all(math.isfinite(one.hidden) and one.bytes > 0 for one in found.pairs)
@@ -130,7 +124,7 @@ def load(name: str) -> Contention | None:
 
 def save(contention: Contention) -> Path | None:
     """Keep the pairs for later processes; None where the directory cannot be written to."""
-    path = _file(contention.device)
+    path = cache_file("contention", contention.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
