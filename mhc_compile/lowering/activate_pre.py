@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, lengths, part_logits, spec_of
+from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, gate, lengths, part_logits, spec_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import tokens_a_program
 
@@ -36,7 +36,7 @@ def activate_pre_kernel(
     mask = there[:, None] & (lines < N)
     _, p = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + PRE + lines, PRE + lines, mask, r[:, None],
                        tokens, PRE, KP, SPLITS)  # fmt: skip
-    p = (tl.sigmoid(p) if SIGMOID else p) * PRE_SCALE + PRE_EPS
+    p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
     tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
 
 

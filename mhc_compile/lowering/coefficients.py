@@ -112,6 +112,12 @@ def project_kernel(
 
 
 @triton.jit
+def length(squares, TOTAL: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr) -> tl.tensor:
+    """r from the sum of the squares of TOTAL channels, for the two kinds of norm."""
+    return tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+
+
+@triton.jit
 def lengths(
     partial_ptr, base, there, tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr,
@@ -123,8 +129,22 @@ def lengths(
         for split in tl.static_range(1, SPLITS):
             part = base + K + tl.full((), split * KP, tl.int64) * tokens
             squares += tl.load(partial_ptr + part, mask=there, other=1.0)
-        r = tl.sqrt(squares / TOTAL + NORM_EPS) if NORM == 0 else tl.sqrt(squares / TOTAL) + NORM_EPS
+        r = length(squares, TOTAL, NORM, NORM_EPS)
     return r
+
+
+@triton.jit
+def logits(m, bias_ptr, alpha_ptr, lines, mask, r) -> tl.tensor:
+    """m / r * alpha + bias; `lines` are the rows within phi."""
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
+    return m / r * alpha + bias
+
+
+@triton.jit
+def gate(p, SIGMOID: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr) -> tl.tensor:
+    """SCALE act(p) + EPS."""
+    return (tl.sigmoid(p) if SIGMOID else p) * SCALE + EPS
 
 
 @triton.jit
@@ -136,9 +156,7 @@ def part_logits(
     m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         m += tl.load(partial_ptr + tl.full((), split * KP, tl.int64) * tokens + offsets, mask=mask, other=0.0)
-    alpha = tl.load(alpha_ptr).to(tl.float32)
-    bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
-    return m, m / r * alpha + bias
+    return m, logits(m, bias_ptr, alpha_ptr, lines, mask, r)
 
 
 @triton.jit
@@ -163,13 +181,13 @@ def activate_kernel(
         m, p = part_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
                            r[:, None], tokens, PRE, KP, SPLITS)  # fmt: skip
         tl.store(projection_ptr + token[:, None] * (K + 1) + PRE + lines, m, mask=mask)
-        p = (tl.sigmoid(p) if SIGMOID else p) * PRE_SCALE + PRE_EPS
+        p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
         tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
     if POST >= 0:
         m, q = part_logits(partial_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
                            r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
         tl.store(projection_ptr + token[:, None] * (K + 1) + POST + lines, m, mask=mask)
-        q = (tl.sigmoid(q) if SIGMOID else q) * POST_SCALE + POST_EPS
+        q = gate(q, SIGMOID, POST_SCALE, POST_EPS)
         tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
     if RES >= 0:
         row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
@@ -309,16 +327,22 @@ def _(
     )
 
 
+def partials(x: Tensor, phi: Tensor, spec: CoefficientSpec) -> Tensor:
+    """X [..., n, C], phi [K, nC] -> partial sums [S, T, KP] for `activate`, by `project` (traced into the graph)."""
+    hi, lo = (phi.to(torch.float32), None) if x.dtype == torch.float32 else halves(phi, x.dtype)
+    padded = padded_rows(spec)
+    splits = project_splits(hint(tokens_of(x)), padded, phi.shape[1], x.element_size())
+    result: Tensor = torch.ops.mhc_kernel.project.default(x, hi, lo, spec.rows, padded, splits)
+    return result
+
+
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments of `mhc::coefficients` -> its results, by `project` and `activate` (traced into the graph)."""
     from mhc_compile.ops.coefficients import split_arguments
 
     x, phi, bias, alphas, spec = split_arguments(args)
     batch, total = x.shape[:-2], phi.shape[1]
-    hi, lo = (phi.to(torch.float32), None) if x.dtype == torch.float32 else halves(phi, x.dtype)
-    padded = padded_rows(spec)
-    splits = project_splits(hint(tokens_of(x)), padded, total, x.element_size())
-    partial = torch.ops.mhc_kernel.project.default(x, hi, lo, spec.rows, padded, splits)
+    partial = partials(x, phi, spec)
     h_pre, h_post, h_res, projection = torch.ops.mhc_kernel.activate.default(
         partial, bias, alphas["pre"], alphas["post"], alphas["res"], total, *args[6:]
     )

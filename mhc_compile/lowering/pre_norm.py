@@ -61,11 +61,12 @@ def mixed(xs, p, N: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def write_normed(
-    us, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C: tl.constexpr, BC: tl.constexpr,
+    us, gains, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C: tl.constexpr, BC: tl.constexpr,
     LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The norm of a row in blocks `us`, whose element-wise sums (of squares; LAYER: of values) are `total`."""
+    """The norm of a row in blocks `us`, whose element-wise sums (of squares; LAYER: of values) are `total`. `gains`:
+    the weight's blocks where they have been loaded before, else empty."""
     MASKED: tl.constexpr = C % BC != 0
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     lanes = tl.arange(0, BC)
@@ -89,7 +90,10 @@ def write_normed(
         if ROUND:
             z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
         if WEIGHT:
-            z *= load_row(weight_ptr, 0, offsets, offsets < C, MASKED) + OFFSET
+            if len(gains) > 0:
+                z *= gains[block].to(tl.float32) + OFFSET
+            else:
+                z *= load_row(weight_ptr, 0, offsets, offsets < C, MASKED) + OFFSET
         if BIAS:
             z += load_row(bias_ptr, 0, offsets, offsets < C, MASKED)
         store_row(out_ptr, token * C, offsets, z, offsets < C, MASKED)
@@ -117,7 +121,8 @@ def pre_norm_kernel(
         us = us + (u,)
         total += u if LAYER else u * u
     write_normed(
-        us, total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT, BIAS
+        us, (), total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT,
+        BIAS,
     )
 
 
