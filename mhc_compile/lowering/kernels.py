@@ -49,7 +49,7 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
-        from . import post_pre_norm, pre_norm, replay  # noqa: F401  # isort: skip
+        from . import post_pre_norm, pre_norm, replay, site_boundary  # noqa: F401  # isort: skip
 
 
 def refusal(name: str, named: dict[str, Any]) -> str:
@@ -132,6 +132,10 @@ def fuse(graph: fx.Graph, log: LoweringLog) -> None:
 
 def fuse_lowered(graph: fx.Graph, log: LoweringLog) -> None:
     """Fusions of what kernels read with the kernels, once every op has its kernels."""
+    if any(str(node.target).startswith("mhc_kernel.post_dots") for node in graph.nodes):
+        from . import site_boundary
+
+        site_boundary.merge(graph, log)
     if any(str(node.target).startswith("mhc_kernel.pre_norm_dots") for node in graph.nodes):
         from .addends import take_addends
 

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from mhc_compile import ops
-from mhc_compile.lowering import boundary, coefficients, launch, post, post_pre_norm, pre, pre_norm, replay, sinkhorn
+from mhc_compile.lowering import (
+    boundary,
+    coefficients,
+    launch,
+    post,
+    post_pre_norm,
+    pre,
+    pre_norm,
+    replay,
+    sinkhorn,
+    site_boundary,
+)
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 
 CASES = [
@@ -250,3 +261,34 @@ def test_non_contiguous_inputs() -> None:
     check(pre.forward(x, p), ops.pre.native(x.double(), p.double()), 6e-3)
     y = torch.randn(32, 5).bfloat16().t()
     check(post.forward(x, y, p, None, False), ops.post.native(x.double(), y.double(), p.double(), None), 6e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "width,tokens,transpose,mixed", [(64, 40, False, True), (96, 33, True, True), (32, 5, False, False)]
+)
+def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dtype: torch.dtype) -> None:
+    """The stream gradient of a site and the dot products of the post before it, against their formulas."""
+    n, rows = 4, 24 if mixed else 8
+    grad, x = torch.randn(tokens, n, width).to(dtype), torch.randn(tokens, n, width).to(dtype)
+    y, du = torch.randn(tokens, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    p, q, c = torch.randn(tokens, n), torch.randn(tokens, n), torch.randn(tokens)
+    h, mix = (torch.randn(tokens, n, n), torch.randn(tokens, n, n)) if mixed else (None, None)
+    phi, dm = torch.randn(rows, n * width), torch.randn(tokens, rows)
+    padded = boundary.padded_width(rows)
+    halves = torch.zeros(tokens, 2 * padded, dtype=dtype)
+    halves[:, :rows] = dm.to(dtype)
+    halves[:, padded : padded + rows] = (dm - dm.to(dtype).float()).to(dtype)
+    got = site_boundary.site_boundary(
+        grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose, rows
+    )
+    g, x, y, du, p, q, c, dm = (value.double() for value in (grad, x, y, du, p, q, c, dm))
+    eye = torch.eye(n, dtype=torch.float64).expand(tokens, n, n)
+    to, back = (eye if m is None else m.double().mT if transpose else m.double() for m in (h, mix))
+    state = back @ x + q[..., None] * y[:, None]
+    projected = (dm @ phi.to(dtype).double()).view(tokens, n, width)
+    dx = to.mT @ g + p[..., None] * du[:, None] + projected + c[:, None, None] * state
+    d_mix = dx @ x.mT
+    flat = (d_mix.mT if transpose else d_mix).reshape(tokens, -1)
+    sums = torch.cat([(dx * y[:, None]).sum(-1), flat], 1) if mixed else (dx * y[:, None]).sum(-1)
+    check((got[0], got[1], got[2].sum(0)), (dx, (q[..., None] * dx).sum(1), sums), RMS[dtype])

@@ -1,0 +1,305 @@
+"""The gradient of a stream state and, in the same pass, what `post` of the site before makes of it.
+
+`streams_backward` of site l writes dX_l and `post_dots` of site l - 1 reads it again, with X_{l-1} and y. Here a block
+of channels is made, stored, and used while it is in registers. X_l, which the norm of the coefficients multiplies by c,
+is not read: it is rebuilt from X_{l-1} and y, which are there for the dot products.
+
+    dX_i  = sum_o H[o, i] dX'_o  +  p_i du  +  (dm phi)_i  +  c (sum_j H'[i, j] X_j  +  q_i y)
+    dy    = sum_i q_i dX_i;    dq_i = <dX_i, y>;    dH'[i, j] = <dX_i, X_j>
+
+with H, p, dm, c of site l and X, y, q, H' of site l - 1. Traffic, n = 4: dX' 4, du 1, X 4, y 1 -> dX 4, dy 1: 15 u,
+where the two kernels move 23. The dot products leave as partial sums, one row a span of channels.
+"""
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, fx
+
+from .base import LoweringLog, arguments, fake
+from .boundary import GROUP
+from .inline import insert_function
+from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_side
+
+
+@triton.jit
+def dealt_pairs(total, BT: tl.constexpr) -> tl.tensor:
+    """A tensor-core result [2 BT, 16] -> [BT, 32], a token's two rows side by side.
+
+    A thread of the tensor core holds rows g and g + 8 of 16, columns 8 j + 2 t + e. With both rows given to one token,
+    for columns 8 j + 2 t + e and 16 + 8 j + 2 t + e of `dealt_phi`, it has the coefficients of one token to hold, not
+    of two, and 8 neighbouring channels of it: nothing passes through shared memory (see `boundary.dealt`).
+    """
+    parts = tl.reshape(total, (BT // 8, 2, 8, 2, 4, 2))
+    return tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3, 5)), (BT, 32))
+
+
+@triton.jit
+def thread_sums(product, BT: tl.constexpr) -> tl.tensor:
+    """[BT, 32] -> [BT, 4]: the 8 neighbours that one thread holds."""
+    return tl.sum(tl.reshape(product, (BT, 4, 8)), axis=2)
+
+
+@triton.jit
+def scalars(pointer, rows, there, COUNT: tl.constexpr) -> tl.tensor:
+    """COUNT float32 numbers a token, each [BT, 1]."""
+    values = ()
+    for index in tl.static_range(COUNT):
+        values = values + (tl.load(pointer + rows * COUNT + index, mask=there, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def site_boundary_kernel(
+    x_ptr, y_ptr, post_ptr, mix_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr,
+    dy_ptr, sums_ptr, tokens, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
+    WIDTH: tl.constexpr, BT: tl.constexpr, SPAN: tl.constexpr, K: tl.constexpr, HAS_RES: tl.constexpr,
+    TRANSPOSE: tl.constexpr, TWO: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: BT tokens, SPAN channels (a divisor of C) in steps of 32, all streams."""
+    SPANS: tl.constexpr = C // SPAN
+    SUMS: tl.constexpr = N + (N * N if HAS_RES else 0)
+    program = tl.program_id(0)
+    base = (program // SPANS).to(tl.int64) * BT
+    line = tl.arange(0, BT)
+    rows = line[:, None]
+    there = rows < tokens - base
+    state_base = base * (N * C)
+    x_ptr += state_base
+    grad_ptr += state_base
+    out_ptr += state_base
+    du_ptr += base * C
+    y_ptr += base * C
+    dy_ptr += base * C
+    dm_ptr += base * WIDTH
+    p = scalars(pre_ptr + base * N, rows, there, N)
+    q = scalars(post_ptr + base * N, rows, there, N)
+    c = tl.load(multiple_ptr + base + rows, mask=there, other=0.0)
+    h = ()
+    if HAS_RES:
+        h = scalars(res_ptr + base * (N * N), rows, there, N * N)
+        mix = scalars(mix_ptr + base * (N * N), rows, there, N * N)
+    cm = ()
+    cq = ()
+    for i in tl.static_range(N):
+        cq = cq + (c * q[i],)
+        if HAS_RES:
+            for j in tl.static_range(N):
+                cm = cm + (c * mix[j * N + i if TRANSPOSE else i * N + j],)
+    # Row 16 r + 8 h + g of the tensor core is token 8 r + g, its half h; the other half of the contraction meets zeros.
+    core = tl.arange(0, 2 * BT)
+    ks = tl.arange(0, 2 * KP)
+    token = (core // 16 * 8 + core % 8)[:, None]
+    mine = (core // 8 % 2)[:, None] == (ks // KP)[None, :]
+    known = mine & (token < tokens - base)
+    dm = tl.load(dm_ptr + token * WIDTH + (ks % KP)[None, :], mask=known, other=0.0)
+    if TWO:
+        low = tl.load(dm_ptr + token * WIDTH + KP + (ks % KP)[None, :], mask=known, other=0.0)
+    first = (program % SPANS) * SPAN
+    inner = tl.arange(0, 16)[None, :]
+    phi_offsets = (ks % KP)[:, None] * (N * CP) + (ks // KP)[:, None] * 16 + inner
+    real = (ks % KP < K)[:, None] & (inner >= 0)
+    channels = tl.arange(0, 32)[None, :]
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums = sums + (tl.zeros((BT, 4), dtype=tl.float32),)
+    for step in range(0, SPAN, 32):
+        columns = rows * C + first + step + channels
+        states = rows * (N * C) + first + step + channels
+        gs = ()
+        xs = ()
+        for o in tl.static_range(N):
+            gs = gs + (tl.load(grad_ptr + states + o * C, mask=there, other=0.0),)
+            xs = xs + (tl.load(x_ptr + states + o * C, mask=there, other=0.0),)
+        y = tl.load(y_ptr + columns, mask=there, other=0.0).to(tl.float32)
+        du = tl.load(du_ptr + columns, mask=there, other=0.0).to(tl.float32)
+        dy = tl.zeros((BT, 32), dtype=tl.float32)
+        new = ()
+        for i in tl.static_range(N):
+            phi = tl.load(phi_ptr + phi_offsets + i * CP + first + step, mask=real, other=0.0)
+            total = dot(dm, phi, tl.zeros((2 * BT, 16), dtype=tl.float32))
+            if TWO:
+                total = dot(low, phi, total)
+            value = dealt_pairs(total, BT) + p[i] * du + cq[i] * y
+            if HAS_RES:
+                for o in tl.static_range(N):
+                    value += h[i * N + o if TRANSPOSE else o * N + i] * gs[o].to(tl.float32)
+                    value += cm[i * N + o] * xs[o].to(tl.float32)
+            else:
+                value += gs[i].to(tl.float32) + c * xs[i].to(tl.float32)
+            tl.store(out_ptr + states + i * C, value.to(out_ptr.dtype.element_ty), mask=there)
+            dy += q[i] * value
+            new = new + (sums[i * (SUMS // N)] + thread_sums(value * y, BT),)
+            for j in tl.static_range(SUMS // N - 1):
+                new = new + (sums[i * (SUMS // N) + 1 + j] + thread_sums(value * xs[j].to(tl.float32), BT),)
+        sums = new
+        tl.store(dy_ptr + columns, dy.to(dy_ptr.dtype.element_ty), mask=there)
+    # One reduction over the threads of a token for all sums: sums[i (1 + N)] is dq_i, the N behind it dH'[i, j].
+    PADDED: tl.constexpr = 4 * N if not HAS_RES else 8 * N
+    for _ in tl.static_range(PADDED - SUMS):
+        sums = sums + (tl.zeros((BT, 4), dtype=tl.float32),)
+    packed = tl.reshape(tl.sum(side_by_side(sums), axis=1), (BT, PADDED))
+    cell = tl.reshape(places(PADDED), (PADDED,))
+    stream = cell // (SUMS // N)
+    other = cell % (SUMS // N) - 1
+    place = tl.where(other < 0, stream, N + (other * N + stream if TRANSPOSE else stream * N + other))
+    out = sums_ptr + ((program % SPANS).to(tl.int64) * tokens + base) * SUMS + rows * SUMS + place[None, :]
+    tl.store(out, packed, mask=there & (cell < SUMS)[None, :])
+
+
+def refusal(streams: Tensor) -> str:
+    """Why a state [..., n, C] keeps the two kernels; empty if this one takes it."""
+    n, width = streams.shape[-2:]
+    if n != 4:
+        return f"{n} streams: the coefficients of four fit the registers"
+    if streams.element_size() != 2:
+        return f"dtype {streams.dtype}"
+    if width % GROUP:
+        return f"hidden size {width} is not a multiple of {GROUP}"
+    return ""
+
+
+def config(width: int) -> dict[str, int]:
+    """32 tokens, at most 256 channels, four warps."""
+    span = next(span for span in (256, 128, 64, 32) if width % span == 0)
+    return {"BT": 32, "SPAN": span, "num_warps": 4, "num_stages": 1}
+
+
+def partial_sums(width: int) -> int:
+    """Rows of partial dot products that a token gets."""
+    return width // config(width)["SPAN"]
+
+
+@kernel_op("site_boundary")
+def site_boundary(
+    grad: Tensor, h_res: Tensor | None, du: Tensor, h_pre: Tensor, dm: Tensor, phi: Tensor, multiple: Tensor,
+    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dX [..., n, C], dy [..., C], partial sums [S, T, n + n^2] float32 of dq and, flat, of dH').
+
+    Site l: grad dX' [..., n, C], h_res [..., n, n] or None, du [..., C], h_pre [..., n], dm [T, 2 KP], phi [KP, n, C]
+    from `dealt_phi`, multiple [T]. Site l - 1: streams [..., n, C], y [..., C], h_post
+    [..., n], mix (its H) [..., n, n] or None.
+    """
+    g, x, branch = by_token(grad, 2), by_token(streams, 2), by_token(y, 1)
+    tokens, n, width = x.shape
+    most = min(phi.shape[0], n * (n + 2))  # rows of phi that are not padding, whatever the layout
+    out, dy = torch.empty_like(g), torch.empty_like(branch)
+    sums = torch.empty(
+        (partial_sums(width), tokens, n if mix is None else n + n * n), dtype=torch.float32, device=x.device
+    )
+    if nonempty(tokens):
+        settings = config(width)
+        grid = (triton.cdiv(tokens, settings["BT"]) * (width // settings["SPAN"]),)
+        launch(
+            site_boundary_kernel, grid, x, branch, by_token(h_post, 1), x if mix is None else by_token(mix, 2), g,
+            x if h_res is None else by_token(h_res, 2), by_token(du, 1), by_token(h_pre, 1), dm.contiguous(),
+            phi.contiguous(), multiple.contiguous(), out, dy, sums, tokens, C=width, CP=phi.shape[2], N=n,
+            KP=phi.shape[0], WIDTH=dm.shape[1], K=most, HAS_RES=mix is not None, TRANSPOSE=transpose,
+            TWO=dm.shape[1] == 2 * phi.shape[0], **settings,
+        )  # fmt: skip
+    return out.view(grad.shape), dy.view(y.shape), sums
+
+
+@site_boundary.register_fake
+def _(
+    grad: Tensor, h_res: Tensor | None, du: Tensor, h_pre: Tensor, dm: Tensor, phi: Tensor, multiple: Tensor,
+    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n = streams.shape[-2]
+    sums = (partial_sums(streams.shape[-1]), dm.shape[0], n if mix is None else n + n * n)
+    return grad.new_empty(grad.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
+
+
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+"""What flattens the tokens on the way from `post_dots` to `logits_backward`."""
+
+
+def _calls(node: object, name: str) -> bool:
+    """True for a call of the kernel `name`."""
+    return isinstance(node, fx.Node) and node.target is getattr(torch.ops.mhc_kernel, name).default
+
+
+def _gradient(node: fx.Node) -> fx.Node | None:
+    """The `streams_backward` that `post_dots` reads and that this kernel can make, all its terms there."""
+    named = arguments(node)
+    source = named["grad"]
+    if not _calls(source, "streams_backward") or not named["need_y"] or refusal(fake(named["streams"])):
+        return None
+    before = arguments(source)
+    if any(before[name] is None for name in ("grad", "du", "h_pre", "dm", "phi", "multiple")):
+        return None
+    if (before["h_res"] is None) != (named["h_res"] is None) or fake(named["y"]).dtype != fake(source).dtype:
+        return None
+    if named["h_res"] is not None and before["transpose"] != named["transpose"]:
+        return None
+    states = [fake(before["grad"]), fake(named["streams"])]
+    return source if all(state.dtype == fake(source).dtype for state in states) else None
+
+
+def find(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """(streams_backward, post_dots) of two neighbouring sites, where nobody reads the gradient in between. Changes
+    nothing."""
+    found = []
+    for node in graph.nodes:
+        source = _gradient(node) if _calls(node, "post_dots") else None
+        if source is not None and all(user is node or node < user for user in source.users):
+            found.append((source, node))
+    return found
+
+
+def merge(graph: fx.Graph, log: LoweringLog) -> int:
+    """Replace every pair found by one call; returns how many."""
+    pairs = find(graph)
+    for source, node in pairs:
+        before, named = arguments(source), arguments(node)
+        values = [before[name] for name in ("grad", "h_res", "du", "h_pre", "dm", "phi", "multiple")]
+        values += [named[name] for name in ("streams", "y", "h_post", "h_res", "transpose")]
+        d_streams, dy, sums = insert_function(node, torch.ops.mhc_kernel.site_boundary.default, values)
+        source.replace_all_uses_with(d_streams)
+        _give_sums(node, sums)
+        for user in node.users:
+            if user.args[1] == 0:
+                user.replace_all_uses_with(dy)
+        log.record("site boundary", "fused", "stream gradient + dot products of the post before")
+    if pairs:
+        graph.eliminate_dead_code()
+    return len(pairs)
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The one `logits_backward` that reads `node`, directly or through views; None if anything else does."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if _calls(user, "logits_backward"):
+            return user
+        if user.target not in _VIEWS:
+            return None
+        node = user
+    return None
+
+
+def _give_sums(node: fx.Node, sums: fx.Node) -> None:
+    """Hand the partial sums to the readers of what `node`, `post_dots`, gave: whole, where one `logits_backward` reads
+    all of it; else added up and apart."""
+    users = {user.args[1]: user for user in node.users if user.args[1] != 0 and user.users}
+    n, width = fake(node.args[3]).shape[-1], fake(sums).shape[2]
+    logits, *more = {_reader(user) for user in users.values()} or {None}
+    if logits is not None and not more and len(users) == (2 if width > n else 1):
+        named = arguments(logits) | {"d_post": sums, "d_res": None}
+        logits.args, logits.kwargs = tuple(named.values()), {}
+        return
+    for index, user in users.items():
+        start, end = (0, n) if index == 1 else (n, width)
+        value = fake(user)
+
+        def part(total: Tensor, start: int = start, end: int = end, value: Tensor = value) -> Tensor:
+            return total.sum(0)[:, start:end].reshape(value.shape).to(value.dtype)
+
+        user.replace_all_uses_with(insert_function(node, part, [sums]))
