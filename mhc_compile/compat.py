@@ -374,6 +374,16 @@ def python_dispatcher() -> Any:
     return enable_python_dispatcher()
 
 
+@contextlib.contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Real tensors and real launches in the midst of a trace: no fake tensors, nothing is recorded, no gradient
+    (torch.utils._python_dispatch._disable_current_modes, seen in 2.13)."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
 def keep_kernel_launches() -> None:
     """Tell fx that a traced kernel launch has an effect (it writes its outputs), or dead-code elimination drops it."""
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation

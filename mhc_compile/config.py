@@ -242,6 +242,12 @@ class Options:
         "`auto`, but an op without a kernel is an error. `mlir`: the whole graph through torch-mlir and IREE, for "
         "inference on the CPU.",
     )
+    autotune: bool = _option(
+        True,
+        Flag(),
+        "On a GPU, measure a few settings of each kernel on a shape that is new, for at most 2 s a kernel, and keep "
+        "the fastest on disk. Off, or on a CPU: the fixed settings.",
+    )
     compiler: str = _option(
         "inductor",
         Choice(("inductor", "aot_eager", "eager")),

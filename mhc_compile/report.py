@@ -75,9 +75,11 @@ class CompileReport:
 
     @property
     def lowering(self) -> list[str]:
-        """One line for each op and provider, then the reasons of those that got no kernel."""
+        """One line for each op and provider, then the reasons of those that got no kernel, then the settings of kernels
+        that were tuned."""
         lines = [f"{op}: {count} x {provider}" for (op, provider), count in self.log.counts().items()]
-        return lines + [f"{entry.op} to {entry.provider}: {entry.reason}" for entry in self.log.reasons()]
+        lines += [f"{entry.op} to {entry.provider}: {entry.reason}" for entry in self.log.reasons()]
+        return lines + [f"tuned: {line}" for line in self.log.tuned]
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything but the graph."""

@@ -308,3 +308,26 @@ def test_hooks_added_while_compiling_do_not_recompile() -> None:
 
 def test_the_entry_point_is_found() -> None:
     assert "mhc" in torch._dynamo.list_backends()
+
+
+def test_real_tensors_within_a_trace() -> None:
+    """Outside of it nothing is recorded and nothing is fake; behind it the trace goes on."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    found: list[torch.Tensor] = []
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        with compat.outside_of_tracing():
+            found.append(torch.ones(3, requires_grad=True).exp())
+        return y * 2
+
+    with FakeTensorMode() as mode:
+        graph = make_fx(body)(torch.empty(4)).graph
+        assert type(torch.empty(1)) is not torch.Tensor
+    assert mode is not None
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "call_function", "output"]
+    assert type(found[0]) is torch.Tensor
+    assert found[0].tolist() == pytest.approx([2.718281828] * 3)
+    assert not found[0].requires_grad

@@ -43,10 +43,17 @@ class LoweringLog:
     """Collects what the passes did, over the forward and the backward graph, in the order of lowering."""
 
     entries: list[Lowered] = field(default_factory=list)
+    tuned: list[str] = field(default_factory=list)
+    """The settings that kernels were launched with and where they come from, each line once (see `tune`)."""
 
     def record(self, op: str, provider: str, reason: str = "") -> None:
         """Add one entry."""
         self.entries.append(Lowered(op, provider, reason))
+
+    def record_setting(self, line: str) -> None:
+        """Add a line about a kernel's setting, once."""
+        if line not in self.tuned:
+            self.tuned.append(line)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """How many nodes of each op went to each provider."""

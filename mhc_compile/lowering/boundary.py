@@ -14,6 +14,7 @@ contraction of only K rows, accumulated in float32 with the rest.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients_backward import phi_gradient
-from .launch import by_token, dot, hint, kernel_op, launch, nonempty
+from .launch import by_token, dot, hint, kernel_op, launch_tuned, nonempty
 
 GROUP = 32
 """Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
@@ -142,9 +143,20 @@ def span_of(width: int) -> int:
 def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
     """64 tokens by 32 channels a step on four warps (phi's tile is shared by them)."""
     span = span_of(width)
+    return _streams_setting(16, span, 1) if tokens <= 16 or itemsize > 2 else _streams_setting(64, span, 4)
+
+
+def _streams_setting(tokens: int, span: int, warps: int) -> dict[str, int]:
+    return {"BT": tokens, "BC": GROUP, "SPAN": span, "WARPS": warps, "num_warps": warps, "num_stages": 1}
+
+
+def streams_others(tokens: int, width: int, itemsize: int) -> list[dict[str, int]]:
+    """Shorter and longer walks over the channels, half the tile and twice the tile."""
+    span = span_of(width)
     if tokens <= 16 or itemsize > 2:
-        return {"BT": 16, "BC": GROUP, "SPAN": span, "num_warps": 1, "num_stages": 1}
-    return {"BT": 64, "BC": GROUP, "SPAN": span, "num_warps": 4, "num_stages": 1}
+        return [_streams_setting(16, one, 1) for one in (32, 128) if width % one == 0]
+    walks = [_streams_setting(64, one, 4) for one in (32, 128) if width % one == 0]
+    return [*walks, _streams_setting(32, span, 2), _streams_setting(128, span, 8)]
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
@@ -182,11 +194,10 @@ def streams_backward(
     out = torch.empty_like(x)
     if nonempty(tokens):
         padded = 16 if phi is None else phi.shape[0]
-        config = streams_config(hint(tokens), width, x.element_size())
-        grid = (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),)
-        launch(
+        shape = (hint(tokens), width, x.element_size())
+        launch_tuned(
             streams_backward_kernel,
-            grid,
+            lambda tokens, config: (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),),
             x,
             x if grad is None else by_token(grad, 2),
             x if h_res is None else by_token(h_res, 2),
@@ -207,8 +218,8 @@ def streams_backward(
             PRE=du is not None,
             COEFFICIENTS=dm is not None,
             TWO=dm is not None and dm.shape[1] == 2 * padded,
-            WARPS=config["num_warps"],
-            **config,
+            config=streams_config(*shape),
+            others=functools.partial(streams_others, *shape),
         )
     return out.view(streams.shape)
 

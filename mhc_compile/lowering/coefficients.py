@@ -13,6 +13,7 @@ Traffic, n = 4: project 4 u + phi; activate about 0.1 u.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .launch import FLOATS, STREAMS, by_token, dot, hint, kernel_op, launch, nonempty, tokens_of
+from .launch import FLOATS, STREAMS, by_token, dot, hint, kernel_op, launch, launch_tuned, nonempty, tokens_of
 from .sinkhorn import constants as sinkhorn_constants
 from .sinkhorn import iterate, tokens_a_program
 from .sinkhorn import spec_refusal as sinkhorn_refusal
@@ -134,10 +135,8 @@ def lengths(
 
 
 @triton.jit
-def logits(m, bias_ptr, alpha_ptr, lines, mask, r) -> tl.tensor:
-    """m / r * alpha + bias; `lines` are the rows within phi."""
-    alpha = tl.load(alpha_ptr).to(tl.float32)
-    bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
+def logits(m, r, alpha, bias) -> tl.tensor:
+    """What the gates and Sinkhorn are applied to."""
     return m / r * alpha + bias
 
 
@@ -156,7 +155,9 @@ def part_logits(
     m = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         m += tl.load(partial_ptr + tl.full((), split * KP, tl.int64) * tokens + offsets, mask=mask, other=0.0)
-    return m, logits(m, bias_ptr, alpha_ptr, lines, mask, r)
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    bias = tl.load(bias_ptr + lines, mask=mask, other=0.0).to(tl.float32)
+    return m, logits(m, r, alpha, bias)
 
 
 @triton.jit
@@ -225,6 +226,15 @@ def project_config(tokens: int, padded: int, total: int, itemsize: int, splits: 
     return {"BT": bt, "BK": bk, "SPAN": span, "num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
 
 
+def project_others(tokens: int, padded: int, total: int, itemsize: int, splits: int) -> list[dict[str, int]]:
+    """The fixed tile with more stages or warps and, where there are tokens enough, twice as high."""
+    fixed = project_config(tokens, padded, total, itemsize, splits)
+    found = [{**fixed, "num_stages": fixed["num_stages"] + 1}]
+    if itemsize == 2 and tokens >= 1024:
+        found += [{**fixed, "BT": 128, "num_warps": 8}, {**fixed, "BT": 128}, {**fixed, "num_warps": 8}]
+    return found
+
+
 @kernel_op("project")
 def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int, splits: int) -> Tensor:
     """X [..., n, C], halves of phi [K, nC] -> partial sums [S, T, KP]: column k < K of phi, column K of x^2.
@@ -233,13 +243,13 @@ def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded:
     """
     x3 = by_token(x, 2)
     tokens, total = x3.shape[0], x3.shape[1] * x3.shape[2]
-    config = project_config(hint(tokens), padded, total, x.element_size(), splits)
+    shape = (hint(tokens), padded, total, x.element_size(), splits)
     out = torch.empty((splits, tokens, padded), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
         lo = phi_hi if phi_lo is None else phi_lo
-        launch(
+        launch_tuned(
             project_kernel,
-            (triton.cdiv(tokens, config["BT"]), splits),
+            lambda tokens, config: (triton.cdiv(tokens, config["BT"]), splits),
             x3,
             phi_hi,
             lo,
@@ -249,7 +259,8 @@ def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded:
             K=rows,
             KP=padded,
             TWO=phi_lo is not None,
-            **config,
+            config=project_config(*shape),
+            others=functools.partial(project_others, *shape),
         )
     return out
 

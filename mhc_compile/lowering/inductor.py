@@ -22,7 +22,7 @@ from mhc_compile import ops
 from mhc_compile.compat import chain_graph_passes, triton_version
 from mhc_compile.ops.base import compute_dtype
 
-from . import kernels, opaque
+from . import kernels, opaque, tune
 from .base import BACKWARD_TARGETS, FORWARD_TARGETS, TARGETS, LoweringLog, arguments, device_of, options_key
 from .inline import Bodies, replace_by_function
 
@@ -175,20 +175,26 @@ class LowerPass(CustomGraphPass):
 
 class LaunchPass(CustomGraphPass):
     """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and
-    the passes before this one expect a functional graph)."""
+    the passes before this one expect a functional graph), each with its setting: the fixed one, with the option
+    `autotune` the one that was measured (see `tune`)."""
 
-    def __init__(self, log: LoweringLog) -> None:
+    def __init__(self, log: LoweringLog, options: Any = None) -> None:
         self.log = log
+        # Taken now: the backward is compiled on a thread of autograd's own, where no context of ours is.
+        own = tune.Session(log.record_setting) if getattr(options, "autotune", False) else None
+        self.tuning = tune.current() or own
 
     def __call__(self, graph: fx.Graph) -> None:
         """Open every call of a kernel in `graph`."""
         if any(str(node.target).startswith("mhc_kernel.") for node in graph.nodes):
-            kernels.expand_launches(graph, self.log)
+            with tune.session(self.tuning):
+                kernels.expand_launches(graph, self.log)
             graph.lint()
 
     def uuid(self) -> Any:
         """Identity for inductor's caches."""
-        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted())
+        tuned = tune.identity() if self.tuning is not None else None
+        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted(), tuned)
 
 
 def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = True) -> dict[str, object]:
@@ -203,7 +209,9 @@ def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launche
         "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     }
     if traced_launches:
-        patches["post_grad_custom_post_pass"] = chain_graph_passes("post_grad_custom_post_pass", LaunchPass(log))
+        patches["post_grad_custom_post_pass"] = chain_graph_passes(
+            "post_grad_custom_post_pass", LaunchPass(log, options)
+        )
     return patches
 
 

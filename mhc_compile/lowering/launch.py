@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mhc_compile.compat import size_hint
+
+from . import tune
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported): on CPU tensors, in tests."""
@@ -65,6 +67,30 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **constants: Any) -> 
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
     else:
         kernel[grid](*args, **constants)
+
+
+def launch_tuned(
+    kernel: Any,
+    grid: Callable[[Any, tune.Config], tuple[Any, ...]],
+    *args: Any,
+    config: tune.Config,
+    others: Callable[[], Sequence[tune.Config]],
+    **constants: Any,
+) -> None:
+    """Launch `kernel` with its fixed setting, or with the one of `others` that is faster on this device (see `tune`).
+
+    Args:
+        grid: (tokens, setting) -> the grid.
+        args: runtime arguments, the first a tensor [T, ...].
+        config, others: the fixed setting and those to compare it with: constants and num_warps, num_stages.
+        constants: compile-time constants that no setting changes.
+    """
+
+    def start(tokens: int, values: Sequence[Any], given: tune.Config) -> None:
+        kernel[grid(tokens, given)](*values, **constants, **given)
+
+    chosen = tune.setting(kernel, args, constants, config, others, start)
+    launch(kernel, grid(args[0].shape[0], chosen), *args, **constants, **chosen)
 
 
 def state_refusal(streams: Tensor, *others: Tensor | None) -> str:

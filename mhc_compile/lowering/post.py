@@ -13,6 +13,7 @@ Traffic, n = 4: forward 2n + 1 = 9 u; dots (read dX', X, y; write dy) 2n + 2 = 1
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .launch import (
     by_token,
     chunk_of,
     kernel_op,
-    launch,
+    launch_tuned,
     load_row,
     load_scalars,
     nonempty,
@@ -130,10 +131,23 @@ def post_config(width: int) -> dict[str, int]:
     return {"BC": block, "num_warps": max(1, min(4, block // 256))}
 
 
+def post_others(width: int) -> list[dict[str, int]]:
+    """Blocks from one warp to eight; none that masks lanes where the fixed one does not."""
+    blocks = [(256, 1), (512, 2), (1024, 2), (2048, 8)]
+    masked = width % post_config(width)["BC"]
+    return [{"BC": block, "num_warps": warps} for block, warps in blocks if masked or width % block == 0]
+
+
 def dots_config(width: int) -> dict[str, int]:
     """Two warps a token; more would spend their time in the reductions."""
     lanes = 64 if width >= 512 else 32
     return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
+
+
+def dots_others(width: int) -> list[dict[str, int]]:
+    """One warp a token, two, or four."""
+    pairs = ((32, INNER), (64, INNER), (128, INNER), (128, 4))
+    return [{"LANES": lanes, "INNER": inner, "num_warps": lanes // 32} for lanes, inner in pairs if lanes <= width]
 
 
 @kernel_op("post")
@@ -143,11 +157,10 @@ def forward(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, tr
     tokens, n, width = x.shape
     out = torch.empty_like(x, dtype=torch.promote_types(streams.dtype, y.dtype))
     if nonempty(tokens):
-        config = post_config(width)
         h = q if h_res is None else by_token(h_res, 2)
-        launch(
+        launch_tuned(
             post_kernel,
-            (tokens * triton.cdiv(width, config["BC"]),),
+            lambda tokens, config: (tokens * triton.cdiv(width, config["BC"]),),
             x,
             branch,
             q,
@@ -157,7 +170,8 @@ def forward(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, tr
             N=n,
             HAS_RES=h_res is not None,
             TRANSPOSE=transpose,
-            **config,
+            config=post_config(width),
+            others=functools.partial(post_others, width),
         )
     return out.view(streams.shape)
 
@@ -178,10 +192,11 @@ def dots(
     d_post = torch.empty_like(q)
     d_res = q.new_empty(0) if h_res is None else torch.empty_like(h_res, memory_format=torch.contiguous_format)
     if nonempty(tokens):
-        launch(
-            post_dots_kernel, (tokens,),
+        launch_tuned(
+            post_dots_kernel, lambda tokens, _: (tokens,),
             g, x, branch, q, dy, d_post, d_res, C=width, N=n, NP=triton.next_power_of_2(n), TRANSPOSE=transpose,
-            NEED_Y=need_y, NEED_RES=h_res is not None, **dots_config(width),
+            NEED_Y=need_y, NEED_RES=h_res is not None, config=dots_config(width),
+            others=functools.partial(dots_others, width),
         )  # fmt: skip
     return dy.view(y.shape) if need_y else dy, d_post.view(h_post.shape), d_res
 

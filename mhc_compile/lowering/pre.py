@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,9 +15,8 @@ from torch import Tensor
 
 from .launch import (
     by_token,
-    chunk_of,
     kernel_op,
-    launch,
+    launch_tuned,
     load_row,
     load_scalars,
     nonempty,
@@ -25,7 +26,7 @@ from .launch import (
     store_row,
     zeros,
 )
-from .post import INNER
+from .post import INNER, post_config, post_others
 
 
 def refusal(x: Tensor) -> str:
@@ -83,6 +84,11 @@ def dots_config(width: int) -> dict[str, int]:
     return {"LANES": lanes, "INNER": INNER, "num_warps": lanes // 32}
 
 
+def dots_others(width: int) -> list[dict[str, int]]:
+    """From one warp a token to eight."""
+    return [{"LANES": 32 * warps, "INNER": INNER, "num_warps": warps} for warps in (1, 2, 4, 8) if 32 * warps <= width]
+
+
 @kernel_op("pre")
 def forward(streams: Tensor, h_pre: Tensor) -> Tensor:
     """X [..., n, C], h_pre [..., n] -> u [..., C], by the kernel."""
@@ -90,17 +96,16 @@ def forward(streams: Tensor, h_pre: Tensor) -> Tensor:
     tokens, n, width = x.shape
     out = x.new_empty((tokens, width))
     if nonempty(tokens):
-        block = chunk_of(width)
-        launch(
+        launch_tuned(
             pre_kernel,
-            (tokens * triton.cdiv(width, block),),
+            lambda tokens, config: (tokens * triton.cdiv(width, config["BC"]),),
             x,
             p,
             out,
             C=width,
             N=n,
-            BC=block,
-            num_warps=max(1, min(4, block // 256)),
+            config=post_config(width),
+            others=functools.partial(post_others, width),
         )
     return out.view(*streams.shape[:-2], width)
 
@@ -117,7 +122,10 @@ def dots(grad: Tensor, streams: Tensor, h_pre: Tensor) -> Tensor:
     tokens, n, width = x.shape
     out = h_pre.new_empty(h_pre.shape)
     if nonempty(tokens):
-        launch(pre_dots_kernel, (tokens,), g, x, out, C=width, N=n, NP=triton.next_power_of_2(n), **dots_config(width))
+        launch_tuned(
+            pre_dots_kernel, lambda tokens, _: (tokens,), g, x, out, C=width, N=n, NP=triton.next_power_of_2(n),
+            config=dots_config(width), others=functools.partial(dots_others, width),
+        )  # fmt: skip
     return out
 
 

@@ -13,6 +13,7 @@ Traffic, n = 4: forward n + 1 = 5 u; backward (read dout, X; write du) n + 2 = 6
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from .launch import (
     by_token,
     kernel_op,
     launch,
+    launch_tuned,
     load_raw,
     load_row,
     load_scalars,
@@ -250,6 +252,12 @@ def backward_config(width: int) -> dict[str, int]:
     return {"BC": block, "num_warps": warps}
 
 
+def backward_others(width: int) -> list[dict[str, int]]:
+    """Other blocks and warps, at most 8 blocks of a row: they are unrolled."""
+    pairs = ((512, 4), (1024, 4), (1024, 8), (2048, 8))
+    return [{"BC": block, "num_warps": warps} for block, warps in pairs if block <= 2 * width and width <= 8 * block]
+
+
 def tokens_a_program(width: int) -> int:
     """Tokens of a program of the backward, one row of partial weight gradients each: few, so that 8192 tokens fill the
     last wave of programs well (three of them share a multiprocessor up to 2560 channels, then two)."""
@@ -310,13 +318,15 @@ def dots(
     d_weight = s.new_empty((programs, width) if need_weight else 0)
     d_bias = s.new_empty((programs, width) if need_bias else 0)
     if nonempty(tokens):
-        launch(
-            pre_norm_backward_kernel, (programs,), g, g if second is None else by_token(second, 1),
-            g if third is None else by_token(third, 1), x, p, x if weight is None else weight.contiguous(), s, du,
-            d_pre, d_weight, d_bias, tokens, GRADS=1 + (second is not None) + (third is not None), C=width, N=n,
-            NP=triton.next_power_of_2(n), TOKENS=block,
+        launch_tuned(
+            pre_norm_backward_kernel, lambda tokens, _: (triton.cdiv(tokens, block),), g,
+            g if second is None else by_token(second, 1), g if third is None else by_token(third, 1), x, p,
+            x if weight is None else weight.contiguous(), s, du, d_pre, d_weight, d_bias, tokens,
+            GRADS=1 + (second is not None) + (third is not None), C=width, N=n, NP=triton.next_power_of_2(n),
+            TOKENS=block,
             LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
-            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, **backward_config(width),
+            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, config=backward_config(width),
+            others=functools.partial(backward_others, width),
         )  # fmt: skip
     return du.view(*streams.shape[:-2], width), d_pre, d_weight, d_bias
 

@@ -13,6 +13,7 @@ Traffic, n = 4, k sites: n + k (n + 1) = 24 u for k = 4, where k calls of `post`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import insert_function
-from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
-from .post import post_config
+from .launch import by_token, kernel_op, launch_tuned, load_row, load_scalars, nonempty, site_row, store_row
+from .post import post_config, post_others
 
 MOST = 4
 """Sites of one call."""
@@ -81,16 +82,16 @@ def forward(
     tokens, n, width = x.shape
     outs = [torch.empty_like(x) for _ in ys]
     if nonempty(tokens):
-        config = post_config(width)
 
         def four(values: list[Tensor], trailing: int) -> list[Tensor]:
             given = [by_token(value, trailing) for value in values] or [x]
             return [given[min(index, len(given) - 1)] for index in range(MOST)]
 
-        launch(
-            replay_kernel, (tokens * triton.cdiv(width, config["BC"]),), x, *four(ys, 1), *four(posts, 1),
-            *four(mixes, 2), *[outs[min(index, len(outs) - 1)] for index in range(MOST)], C=width, N=n, SITES=len(ys),
-            HAS_RES=bool(mixes), TRANSPOSE=transpose, **config,
+        launch_tuned(
+            replay_kernel, lambda tokens, config: (tokens * triton.cdiv(width, config["BC"]),), x, *four(ys, 1),
+            *four(posts, 1), *four(mixes, 2), *[outs[min(index, len(outs) - 1)] for index in range(MOST)], C=width, N=n,
+            SITES=len(ys), HAS_RES=bool(mixes), TRANSPOSE=transpose,
+            config=post_config(width), others=functools.partial(post_others, width),
         )  # fmt: skip
     return [out.view(streams.shape) for out in outs]
 
