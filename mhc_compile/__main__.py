@@ -1,6 +1,6 @@
 """``python -m mhc_compile explain <model>``: what the backend would do with a model. ``env``: what it runs on.
 ``mlir <model> -o out.mlir``: the converted model as MLIR. ``calibrate``: what the GPU does with two kernels at once,
-for the option ``schedule``.
+for the option ``schedule``. ``tune``: which settings of the kernels are the fastest, for ``autotune``.
 
 A model is one of
 
@@ -266,6 +266,25 @@ def calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def tune(arguments: argparse.Namespace) -> int:
+    """``tune``: measure the settings of the kernels ahead of time; ``--kept`` lists what is kept, ``--clear`` forgets
+    it."""
+    from mhc_compile.lowering import tune as settings
+    from mhc_compile.lowering.tune_ahead import tune_ahead
+
+    if not torch.cuda.is_available():
+        print("there is no CUDA device to tune for", file=sys.stderr)
+        return 1
+    name = torch.cuda.get_device_name()
+    if arguments.clear:
+        print(f"{settings.clear(name)} settings for {name} forgotten")
+    for width in arguments.width:
+        print("\n".join(tune_ahead(arguments.tokens, width, arguments.streams)))
+    if arguments.kept:
+        print("\n".join(settings.kept(name)) or f"no settings for {name} are kept")
+    return 0
+
+
 def _model_arguments(parser: argparse.ArgumentParser, option: str) -> None:
     """What names a model, its inputs and the options; ``option`` is the short form of ``--option``."""
     parser.add_argument("model", help="config.json, a folder with one, a model type, or file.py:factory")
@@ -299,6 +318,15 @@ def _parser() -> argparse.ArgumentParser:
     second.set_defaults(command=env)
     fourth = commands.add_parser("calibrate", help="measure the GPU for schedule='auto', half a minute")
     fourth.set_defaults(command=calibrate)
+    fifth = commands.add_parser(
+        "tune", help="measure the settings of the kernels for autotune, some ten seconds a width"
+    )
+    fifth.add_argument("--width", type=int, nargs="+", default=[], metavar="C", help="hidden sizes")
+    fifth.add_argument("--tokens", type=int, default=8192, help="tokens of a step, batch times length (default: 8192)")
+    fifth.add_argument("--streams", type=int, default=4, choices=(1, 2, 3, 4, 8), help="streams (default: 4)")
+    fifth.add_argument("--kept", action="store_true", help="list the settings that are kept")
+    fifth.add_argument("--clear", action="store_true", help="forget them first")
+    fifth.set_defaults(command=tune)
     third = commands.add_parser("mlir", help="the converted model as MLIR")
     _model_arguments(third, "-O")
     third.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the text goes")

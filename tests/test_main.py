@@ -158,6 +158,27 @@ def test_without_a_gpu_there_is_nothing_to_calibrate(
     assert "no CUDA device" in capsys.readouterr().err
 
 
+def test_tune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a GPU nothing; with one, what is kept is listed and forgotten."""
+    from mhc_compile.lowering import tune, tune_ahead
+
+    monkeypatch.setenv("MHC_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(["tune", "--kept"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "gpu")
+    monkeypatch.setattr(tune_ahead, "tune_ahead", lambda *sizes: [f"tuned for {sizes}"])
+    tune.keep("gpu", "post T<=8", tune.Choice("post", {"BC": 512}, 0.1, 1.0, 4), [])
+    assert command.main(["tune", "--kept", "--width", "64", "128", "--tokens", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "tuned for (32, 64, 4)" in out
+    assert "tuned for (32, 128, 4)" in out
+    assert "post T<=8\n  post: BC=512, 10.0% faster" in out
+    assert command.main(["tune", "--clear", "--kept"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["1 settings for gpu forgotten", "no settings for gpu are kept"]
+
+
 def test_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "mhc_compile"], capture_output=True, text=True, check=False)
     assert result.returncode == 2

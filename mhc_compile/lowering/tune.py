@@ -139,6 +139,12 @@ def clear(device: str) -> int:
     return len(table.entries)
 
 
+def kept(device: str) -> list[str]:
+    """The choices kept for a device, two lines each: the question, then the answer."""
+    entries = sorted(load(device).entries.items())
+    return [f"{key}\n  {_from_entry(key.split()[0], entry).line()}" for key, entry in entries]
+
+
 def identity() -> tuple[tuple[str, int], ...]:
     """For inductor's caches: a graph compiled with a choice is stale once that choice is changed or cleared, and not
     when others are added. Asks no device that this process has not used yet."""
@@ -354,4 +360,4 @@ def seconds(call: Callable[[], None], flush: Tensor) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
-__all__ = ["BUDGET_S", "Choice", "Session", "Table", "choose", "clear", "current", "identity", "load", "session"]
+__all__ = ["Choice", "Session", "Table", "choose", "clear", "current", "identity", "kept", "load", "session"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -343,7 +344,24 @@ def test_candidates_are_few_and_fit(width: int) -> None:
         assert one["SPAN"] % one["BK"] == 0
 
 
+@needs_triton
+@pytest.mark.timeout(900)
+def test_every_setting_computes_the_same() -> None:
+    """interpreted_settings.py in a process with Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command.append(str(ROOT / "tests" / "lowering" / "interpreted_settings.py"))
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
 # ------------------------------------------------------------------------------------------------ on a device
+if torch.cuda.is_available() and triton_version():
+    from tests.lowering import interpreted_settings
+
+    test_every_setting_on_a_device = pytest.mark.gpu(interpreted_settings.test_every_setting)
+
+
 HIT = """
 import json, torch
 from mhc_compile.lowering import tune
