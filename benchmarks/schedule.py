@@ -271,7 +271,7 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     kept = contention_of.load(torch.cuda.get_device_name())
     if "pairs" in arguments.only or kept is None:
         start = time.perf_counter()
-        kept = contention_of.calibrate(cases, [(batch * length, WIDTH) for batch, length in SHAPES.values()])
+        kept = contention_of.calibrate(cases, sizes=[(batch * length, WIDTH) for batch, length in SHAPES.values()])
         results["pairs_s"] = round(time.perf_counter() - start, 1)
     results["pairs"] = [asdict(pair) for pair in kept.pairs]
     print(contention_of.table(kept), flush=True)
@@ -332,7 +332,7 @@ def beside_communication(tokens: int, payload: Tensor, repeat: int) -> list[Pair
         serial, both = only + alone * many, seconds(lambda row=row: reduce(row))
         hidden = (serial - both) / (alone * many)
         for priority in (False, True):
-            found.append(Pair("communication", case.kind, case.bytes, priority, only, alone, hidden, 1.0))
+            found.append(Pair("communication", case.kind, case.bytes, priority, only, alone, hidden, hidden, hidden, 1.0))
     return found
 
 

@@ -12,9 +12,9 @@ the main stream count as ``memory``. Of a pair that was not measured nothing is 
 which is one stream. While the main stream waits for communication the pair ``communication`` counts.
 
 Of a few movable tasks every subset is played; of more the search is greedy in the order of the program: a task is moved
-if the predicted end comes earlier. Where it starts is
-a question of time: as late as still fits before its reader (memory is held no longer than needed), or at once if
-nothing in this graph reads it; then the main stream waits for it only when it has long been done.
+if the predicted end comes earlier. Where it starts is a question of time: as late as still fits before its reader
+(memory is held no longer than needed), or at once if nothing in this graph waits for it; then the main stream waits for
+it only when it has long been done.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class _Clock:
         pair = self.contention.pair(main, side.kind, side.bytes, self.priority)
         if pair is None:
             return (1.0, 0.0) if main == "communication" else (0.0, 1.0)
-        stretch = max(pair.stretch, 1.0 - pair.hidden)
-        return 1.0 - (1.0 - pair.hidden) / stretch, 1.0 / stretch
+        stretch = max(pair.stretch, 1.0 - pair.share)
+        return 1.0 - (1.0 - pair.share) / stretch, 1.0 / stretch
 
     def _log(self, stream: str, task: Task, start: float) -> None:
         if self.now > start:
@@ -174,31 +174,36 @@ def play(
     return clock.now, clock.intervals
 
 
-def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int]:
-    """(first place where a task may start, place of its first reader)."""
+def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int, bool]:
+    """(first place where a task may start, place of its first reader, whether anything waits for that reader).
+
+    Fused work on this task alone, which nothing waits for (two halves of a gradient added), stands where it was sunk
+    to: at the end.
+    """
     first = max((index[one] + 1 for one in dag.before(name)), default=0)
     last = min((index[one] for one in dag.after(name)), default=len(index))
-    return first, last
+    readers = [one for one in dag.after(name) if dag.tasks[one].kind != "memory" or dag.before(one) != {name}]
+    return first, last, bool(readers) or any(dag.after(one) for one in dag.after(name))
 
 
 def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -> Move | None:
     """Where a task would start and have to be done on the side stream; None if there is nothing to run beside."""
     index, order, task = dag.index, dag.order, dag.tasks[name]
-    first, last = _window(dag, name, index)
+    first, last, wanted = _window(dag, name, index)
     pairs = [contention.pair(kind, task.kind, task.bytes, priority) for kind in MAIN_KINDS]
     need = ROOM * task.seconds * max((pair.stretch for pair in pairs if isinstance(pair, Pair)), default=1.0)
 
     def seconds(at: int) -> float:
         return 0.0 if order[at] == name else dag.tasks[order[at]].seconds
 
-    if last < len(order):
+    if wanted:
         fork, room = last, 0.0
         while fork > first and room < need:
             fork -= 1
             room += seconds(fork)
         return Move(name, fork, last) if room > 0 else None
     fork, join, room = max(first, index[name]), max(first, index[name]), 0.0
-    while join < len(order) and room < 2 * need:
+    while join < last and room < 2 * need:
         room += seconds(join)
         join += 1
     return Move(name, fork, join) if room > 0 else None

@@ -6,6 +6,10 @@ fork to the join, the cost of both events included), what counts is the part of 
 
     hidden = (M + S - B) / S          1: the side task was free,  0: no gain,  negative: two streams lose time
 
+A GPU's clock wanders by more than a side task of some microseconds takes. So the three rows are CUDA graphs that are
+replayed in turns, each round gives one difference, and what counts is the median of these differences with the
+interval in which the true median lies in 95 of 100 measurements. A share whose interval holds 0 is planned with as 0.
+
 Nothing is assumed about a pair that was not measured, and nothing about a device without a file: one stream then.
 """
 
@@ -45,8 +49,25 @@ class Pair:
     side_seconds: float
     """Of the side task in one row with them."""
     hidden: float
+    low: float
+    """The interval of ``hidden``: its lower end."""
+    high: float
     stretch: float
-    """How much longer the side task took beside them than alone; at least 1."""
+    """From the fork to the side task's end, main tasks waiting behind the fork, over its time alone; at least 1."""
+
+    @property
+    def share(self) -> float:
+        """The hidden part to plan with: at most all, and 0 where the measurement does not say on which side of 0."""
+        return 0.0 if self.low <= 0.0 <= self.high else min(self.hidden, 1.0)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The time of a kind of task that stays on the main stream, but is there only if another one moves."""
+
+    kind: str
+    bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,7 @@ class Contention:
 
     device: str
     pairs: tuple[Pair, ...] = ()
+    alone: tuple[Alone, ...] = ()
 
     def pair(self, main: str, side: str, size: int, priority: bool = False) -> Pair | None:
         """The measurement nearest in bytes to a side task of `size`, None where nothing near was measured."""
@@ -79,8 +101,9 @@ class Contention:
         return any(one.side == side and one.priority == priority and _near(one.bytes, size) for one in self.pairs)
 
     def seconds(self, kind: str, size: int) -> float | None:
-        """Measured time of a side kind of `size` bytes: the nearest measurement, scaled where it is moved by bytes."""
-        measured = sorted({(one.bytes, one.side_seconds) for one in self.pairs if one.side == kind})
+        """Measured time of a kind of `size` bytes: the nearest measurement, scaled where it is moved by bytes."""
+        found = {(one.bytes, one.side_seconds) for one in self.pairs if one.side == kind}
+        measured = sorted(found | {(one.bytes, one.seconds) for one in self.alone if one.kind == kind})
         fitting = [item for item in measured if _near(item[0], size)]
         if not fitting:
             return None
@@ -96,11 +119,13 @@ class Contention:
 
 def table(contention: Contention) -> str:
     """The pairs as text, a line each."""
-    lines = [f"{contention.device}: part of the side call that is hidden, how much longer it takes beside the main one"]
+    lines = [f"{contention.device}: part of the side call that is hidden, with its interval; latency over time alone"]
     for one in contention.pairs:
         times = f"{one.side_seconds * 1e6:8.1f} us beside {one.main_seconds * 1e6:8.1f} us"
         how = "main first" if one.priority else "same rank"
-        lines.append(f"  {one.side:28} {one.main:14} {how:10} {times}  {one.hidden:+6.0%}  {one.stretch:5.1f} x")
+        share = f"{one.hidden:+6.0%} ({one.low:+.0%} .. {one.high:+.0%})"
+        lines.append(f"  {one.side:32} {one.main:14} {how:10} {times}  {share:26} {one.stretch:5.1f} x")
+    lines += [f"  {one.kind:32} {one.seconds * 1e6:8.1f} us on the main stream" for one in contention.alone]
     return "\n".join(lines)
 
 
@@ -113,9 +138,11 @@ def load(name: str) -> Contention | None:
     """The measured pairs of a device, None if there are none yet (or the file cannot be used)."""
     try:
         data = json.loads(cache_file("contention", name).read_text(encoding="utf-8"))
-        found = Contention(data["device"], tuple(Pair(**pair) for pair in data["pairs"]))
+        pairs, alone = (Pair(**one) for one in data["pairs"]), (Alone(**one) for one in data["alone"])
+        found = Contention(data["device"], tuple(pairs), tuple(alone))
         numbers = [number for one in found.pairs for number in (one.main_seconds, one.side_seconds, one.stretch)]
-        sound = all(math.isfinite(one.hidden) and one.bytes > 0 for one in found.pairs)
+        numbers += [one.seconds for one in found.alone]
+        sound = all(math.isfinite(one.low + one.hidden + one.high) and one.bytes > 0 for one in found.pairs)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     fine = all(isinstance(number, (int, float)) and math.isfinite(number) and number > 0 for number in numbers)
@@ -139,6 +166,10 @@ def save(contention: Contention) -> Path | None:
 # ------------------------------------------------------------------------------------------------ on the device
 UNITS = 6
 """Forks and joins in a row in one CUDA graph: a side task of some microseconds is measured by their sum."""
+ROUNDS = 15
+"""Rounds in which the three graphs of a pair are replayed in turns."""
+TOKENS = 2048
+"""A main task of more tokens than that is no other task, only one whose own time hides what is measured."""
 
 
 def main_cases(tokens: int, width: int) -> list[Case]:
@@ -147,9 +178,10 @@ def main_cases(tokens: int, width: int) -> list[Case]:
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").to(torch.bfloat16)
 
-    x, weight, wide = make(tokens, width), make(width, 4 * width), make(tokens, 4 * width)
-    out, copy = torch.empty_like(wide), torch.empty_like(wide)
-    heads = make(1, max(width // 128, 1), tokens, 128)
+    some = min(tokens, TOKENS)
+    x, weight, wide = make(some, width), make(width, 4 * width), make(tokens, 4 * width)
+    out, copy = torch.empty_like(wide[:some]), torch.empty_like(wide)
+    heads = make(1, max(width // 128, 1), some, 128)
     attend = torch.nn.functional.scaled_dot_product_attention
     return [
         Case("matmul", lambda: torch.mm(x, weight, out=out), 2 * (x.numel() + weight.numel() + out.numel())),
@@ -158,7 +190,7 @@ def main_cases(tokens: int, width: int) -> list[Case]:
     ]
 
 
-def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, repeat: int = 9) -> list[Pair]:
+def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, rounds: int = ROUNDS) -> list[Pair]:
     """Measure every side case beside every main case on the current CUDA device; a second or two for ten by three."""
     device = torch.cuda.current_device()
     main = torch.cuda.Stream(device, priority=-1 if priority else 0)
@@ -166,10 +198,12 @@ def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, repeat
     found = []
     torch.cuda.synchronize()  # the cases' tensors were made on another stream
     with torch.cuda.stream(main):
+        times = [time_alone(case, main, rounds) for case in mains]
         for side_case in sides:
-            alone = _replayed(_captured(functools.partial(_row, UNITS, side_case.call), main), repeat) / UNITS
-            for main_case in mains:
-                found.append(_pair(main_case, side_case, alone, main, side, priority, repeat))
+            alone = time_alone(side_case, main, rounds)
+            for main_case, once in zip(mains, times, strict=True):
+                found.append(_pair(main_case, side_case, once, alone, main, side, priority, rounds))
+            torch.cuda.empty_cache()  # each graph had memory of its own
     torch.cuda.synchronize()
     return found
 
@@ -180,26 +214,45 @@ SIZES = ((1024, 2560), (8192, 2560))
 
 def calibrate(
     sides: Callable[[int, int], Sequence[Case]],
+    others: Callable[[int, int], Sequence[Case]] = lambda tokens, width: (),
     sizes: Sequence[tuple[int, int]] = SIZES,
     priorities: Sequence[bool] = (False, True),
-    repeat: int = 5,
+    rounds: int = ROUNDS,
 ) -> Contention:
-    """Measure the current CUDA device, keep the pairs for later processes, and return them; half a minute.
+    """Measure the current CUDA device, keep the pairs for later processes, and return them; a quarter of a minute.
 
     Args:
         sides: (tokens, channels) -> what may run on the side stream at that size.
+        others: likewise, what the main stream has to do in addition if a side task moves.
         sizes: at which sizes.
         priorities: with a main stream of the same priority, of a higher one.
-        repeat: replays of a graph; the median counts.
+        rounds: see ``ROUNDS``.
     """
     pairs: list[Pair] = []
+    alone: list[Alone] = []
+    stream = torch.cuda.Stream()
     for tokens, width in sizes:
         cases, mains = sides(tokens, width), main_cases(tokens, width)
         for priority in priorities:
-            pairs += measure(cases, mains, priority, repeat)
-    found = Contention(torch.cuda.get_device_name(), tuple(pairs))
+            pairs += measure(cases, mains, priority, rounds)
+        more = others(tokens, width)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            alone += [Alone(case.kind, case.bytes, time_alone(case, stream, rounds)) for case in more]
+    found = Contention(torch.cuda.get_device_name(), tuple(pairs), tuple(alone))
     save(found)
     return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(median, lower, upper end of its interval of 95 %), by the ranks that a fair coin gives: nothing is assumed of
+    how the values are spread. Fewer than six values: the least and the greatest."""
+    ordered, count = sorted(values), len(values)
+    rank, below = 0, 0.5**count
+    while count >= 6 and below + math.comb(count, rank + 1) * 0.5**count <= 0.025:
+        rank += 1
+        below += math.comb(count, rank) * 0.5**count
+    return statistics.median(ordered), ordered[rank], ordered[count - 1 - rank]
 
 
 def _row(count: int, *calls: Callable[[], object]) -> None:
@@ -209,28 +262,43 @@ def _row(count: int, *calls: Callable[[], object]) -> None:
 
 
 def _captured(work: Callable[[], None], stream: Any) -> Any:
-    """`work` as a CUDA graph; its nodes have the priority of the stream."""
+    """`work` as a CUDA graph; its nodes have the priority of the stream. Without the garbage collection of
+    ``torch.cuda.graph``, which takes longer than what is measured."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            work()
+        finally:
+            graph.capture_end()
     return graph
 
 
-def _replayed(graph: Any, repeat: int) -> float:
-    """Median seconds of a replay on the current stream."""
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat + 2)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
+def _in_turns(graphs: Sequence[Any], rounds: int) -> list[list[float]]:
+    """Seconds of a replay of each graph, round by round, on the current stream; every other round backwards."""
+    spans: list[list[tuple[Any, Any]]] = []
+    for number in range(rounds + 1):
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in graphs]
+        for index in range(len(graphs)) if number % 2 else reversed(range(len(graphs))):
+            events[index][0].record()
+            graphs[index].replay()
+            events[index][1].record()
+        spans.append(events)
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events[2:]) / 1e3
+    return [[start.elapsed_time(end) / 1e3 for start, end in events] for events in spans[1:]]
 
 
-def _pair(main_case: Case, side_case: Case, alone: float, main: Any, side: Any, priority: bool, repeat: int) -> Pair:
-    once = _replayed(_captured(lambda: _row(UNITS, main_case.call), main), repeat) / UNITS
+def time_alone(case: Case, stream: Any, rounds: int = ROUNDS) -> float:
+    """Median seconds of a call behind another of its kind. `stream` is the current one."""
+    graph = _captured(functools.partial(_row, UNITS, case.call), stream)
+    return statistics.median(one for (one,) in _in_turns([graph], rounds)) / UNITS
+
+
+def _pair(
+    main_case: Case, side_case: Case, once: float, alone: float, main: Any, side: Any, priority: bool, rounds: int
+) -> Pair:
     beside = max(1, math.ceil(3 * alone / once))  # enough main work for the side task to end within it
 
     def together() -> None:
@@ -247,28 +315,41 @@ def _pair(main_case: Case, side_case: Case, alone: float, main: Any, side: Any, 
             _row(beside, main_case.call)
 
     graphs = [_captured(work, main) for work in (lambda: _row(UNITS * beside, main_case.call), in_a_row, together)]
-    rounds = [[_replayed(graph, repeat) for graph in graphs] for _ in range(3)]  # in turns: the clock of a GPU wanders
-    only, serial, both = (statistics.median(column) / UNITS for column in zip(*rounds, strict=True))
-    cost = max(serial - only, 0.2 * alone)
-    return Pair(
-        main_case.kind, side_case.kind, side_case.bytes, priority, once, cost, (serial - both) / cost,
-        _stretch(main_case, side_case, alone, beside, main, side),
-    )  # fmt: skip
+    turns = _in_turns(graphs, rounds)
+    cost = max(statistics.median(serial - only for only, serial, _ in turns) / UNITS, 0.2 * alone)
+    hidden, low, high = (value / UNITS / cost for value in interval([serial - both for _, serial, both in turns]))
+    latency = _latency(main_case, side_case, beside, main, side)
+    if latency is None:  # behind everything, the most that it can be
+        latency = 2 * beside * once + alone
+    kinds = (main_case.kind, side_case.kind, side_case.bytes)
+    return Pair(*kinds, priority, once, cost, hidden, low, high, max(1.0, latency / alone))
 
 
-def _stretch(main_case: Case, side_case: Case, alone: float, beside: int, main: Any, side: Any) -> float:
-    """Seconds of the side task beside the main ones, over its own."""
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(200_000)  # both streams are filled before either starts
+def _latency(main_case: Case, side_case: Case, beside: int, main: Any, side: Any) -> float | None:
+    """Median seconds from a fork to the end of the side task, with main tasks waiting behind the fork.
+
+    The device sleeps until the host has filled both streams: else what is measured is the host. None if it never was
+    ahead.
+    """
+    times: list[float] = []
+    cycles = 1_000_000
+    for _ in range(12):
+        slept, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(cycles)
+        slept.record(main)
         side.wait_stream(main)
-        _row(2 * beside, main_case.call)
+        start.record(main)
         with torch.cuda.stream(side):
-            start.record()
             side_case.call()
             end.record()
+        _row(2 * beside, main_case.call)
+        asleep = not slept.query()
         main.wait_stream(side)
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return max(1.0, statistics.median(times) / alone)
+        if asleep:
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            cycles = min(4 * cycles, 64_000_000)
+        if len(times) == 5:
+            break
+    return statistics.median(times) if times else None

@@ -224,9 +224,9 @@ def _places(
     calls = {name: plan.dag.tasks[name].nodes[0] for name in main}
     # A part made early may be back in its whole by now.
     calls = {name: call for name, call in calls.items() if call in position}
-    behind = [position[call] for name, call in calls.items() if index[name] >= one.join]
-    join = min([join, *behind])
     opaque = {name: call for name, call in calls.items() if is_opaque(call)}
+    # Fused work is no mark: `Dag.sunk` has put some of it behind where the graph has it.
+    join = min([join, *(position[call] for name, call in opaque.items() if index[name] >= one.join)])
     for name, gate in opaque.items():
         # Only a library's call: a collective works in its argument's own memory, and inductor would compile a kernel of
         # ours anew for an argument that comes out of an opaque call, whose alignment it does not trust.

@@ -107,3 +107,54 @@ def test_a_fresh_process_knows_the_ops_that_a_cached_graph_names() -> None:
     run = subprocess.run([sys.executable, "-c", REGISTER], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     register_kernels(None)
+
+
+def logits_graph(layout: str = "pre,post,res", d_pre: bool = True, streams: int = 4) -> fx.Graph:
+    """Gradients of the coefficients -> logits_backward -> three results."""
+    from mhc_compile.lowering import coefficients_backward  # noqa: F401  # registers the op
+
+    spec = CoefficientSpec(layout=layout, streams=streams)
+    graph, n, tokens = fx.Graph(), streams, 6
+    shapes = {
+        "d_pre": (tokens, n), "d_post": (tokens, n), "d_res": (tokens, n, n), "projection": (tokens, spec.rows + 1),
+        "bias": (spec.rows,), "alpha": (1,),
+    }  # fmt: skip
+    nodes = {name: graph.placeholder(name) for name in shapes}
+    for name, node in nodes.items():
+        node.meta["val"] = torch.ones(shapes[name], device="meta")
+    grads = [nodes["d_pre"] if d_pre else None, nodes["d_post"], nodes["d_res"]]
+    node = graph.call_function(
+        torch.ops.mhc_kernel.logits_backward.default,
+        (*grads, nodes["projection"], nodes["bias"], *[nodes["alpha"]] * 3, 64, True, *spec.op_arguments().values()),
+    )
+    node.meta["val"] = tuple(torch.ones(shape, device="meta") for shape in ((6, 32), (6,), (1, spec.rows + 3)))
+    parts = []
+    for index, value in enumerate(node.meta["val"]):
+        parts.append(graph.call_function(operator.getitem, (node, index)))
+        parts[-1].meta["val"] = value
+    graph.output(tuple(parts))
+    return graph
+
+
+def test_the_backward_of_post_and_res_is_cut_off_and_put_back() -> None:
+    graph = logits_graph()
+    before = names(graph)
+    ((late, rest, undo),) = split_coefficients(graph)
+    graph.lint()
+    assert names(graph) == ["mhc_kernel.logits_backward_early.default", "mhc_kernel.logits_backward_rest.default"]
+    assert "d_pre" not in [str(node) for node in late.all_input_nodes], "it need not wait for the gradient of pre"
+    assert [value.shape for value in late.meta["val"]] == [(6, 32), (6, 2), (1, 27)]
+    assert next(str(node) for node in rest.all_input_nodes) == "d_pre"
+    assert len(rest.users) == 3
+    undo()
+    graph.lint()
+    assert names(graph) == before
+    (whole,) = [node for node in graph.nodes if "logits_backward" in str(node.target)]
+    assert [str(node) for node in whole.all_input_nodes[:3]] == ["d_pre", "d_post", "d_res"]
+    assert len(whole.users) == 3
+
+
+def test_a_backward_that_waits_for_one_thing_is_not_cut() -> None:
+    assert split_coefficients(logits_graph(d_pre=False)) == []
+    assert split_coefficients(logits_graph(streams=1)) == []
+    assert split_coefficients(logits_graph("post,res")) == []

@@ -16,7 +16,9 @@ from mhc_compile.scheduler.dag import Dag, Task
 def table(hidden: float, stretch: float = 1.0, *mains: str) -> Contention:
     """Every main kind beside the kind ``s`` of 100 bytes."""
     kinds = mains or ("matmul", "attention", "memory", "communication")
-    return Contention("test", tuple(Pair(main, "s", 100, False, 1.0, 1.0, hidden, stretch) for main in kinds))
+    return Contention(
+        "test", tuple(Pair(main, "s", 100, False, 1.0, 1.0, hidden, hidden, hidden, stretch) for main in kinds)
+    )
 
 
 def side(name: str, seconds: float) -> Task:
@@ -106,6 +108,20 @@ def test_a_replay_reaches_back_over_as_many_tasks_as_it_needs() -> None:
     tasks = [side("replay", 4.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
     dag = Dag(tasks, [*((f"m{i}", f"m{i + 1}") for i in range(3)), ("m3", "read"), ("replay", "read")])
     assert place(dag, "replay", table(1.0)) == Move("replay", 3, 5)
+
+
+def test_a_gradient_whose_halves_are_added_starts_at_once() -> None:
+    """The addition has been put off to the end; the gradient need not be, with nothing to run beside there."""
+    tasks = [
+        Task("m1", 4.0, "matmul"),
+        side("s", 1.0),
+        *(Task(f"m{i}", 4.0, "matmul") for i in (2, 3)),
+        Task("add", 0.1),
+    ]
+    dag = Dag(tasks, [("m1", "s"), ("m1", "m2"), ("m2", "m3"), ("s", "add")])
+    assert place(dag, "s", table(1.0)) == Move("s", 1, 3)
+    waited = Dag([*tasks, Task("end", 1.0)], [*dag.graph.edges, ("m3", "add"), ("add", "end")])
+    assert place(waited, "s", table(1.0)) == Move("s", 3, 4), "somebody waits: as late as it fits"
 
 
 def test_nothing_to_run_beside() -> None:

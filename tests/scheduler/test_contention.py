@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from mhc_compile.scheduler import contention
-from mhc_compile.scheduler.contention import Contention, Pair
+from mhc_compile.scheduler.contention import Alone, Contention, Pair
 
 
 def pair(main: str = "matmul", side: str = "s", size: int = 1000, hidden: float = 0.5, **more: object) -> Pair:
-    values = {"priority": False, "main_seconds": 1e-3, "side_seconds": 1e-5, "stretch": 2.0, **more}
+    interval = {"low": hidden - 0.1, "high": hidden + 0.1}
+    values = {"priority": False, "main_seconds": 1e-3, "side_seconds": 1e-5, "stretch": 2.0, **interval, **more}
     return Pair(main=main, side=side, bytes=size, hidden=hidden, **values)  # type: ignore[arg-type]  # a table of fields
 
 
@@ -41,8 +42,37 @@ def test_seconds_grow_with_bytes_and_never_shrink_below_what_was_measured() -> N
     assert table.seconds("s", 10) is None
 
 
+def test_a_task_that_stays_has_a_time_and_no_pair() -> None:
+    table = Contention("gpu", (), (Alone("rest", 1000, 3e-6),))
+    assert table.seconds("rest", 1000) == pytest.approx(3e-6)
+    assert table.seconds("rest", 10_000) is None
+    assert not table.knows("rest", 1000)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "low", "high", "share"),
+    [
+        (0.5, 0.4, 0.6, 0.5),
+        (0.3, -0.1, 0.7, 0.0),
+        (-0.4, -0.9, 0.0, 0.0),
+        (-0.4, -0.5, -0.3, -0.4),
+        (1.4, 1.1, 1.6, 1.0),
+    ],
+)
+def test_a_share_that_is_noise_is_planned_with_as_none(hidden: float, low: float, high: float, share: float) -> None:
+    assert pair(hidden=hidden, low=low, high=high).share == share
+
+
+def test_the_interval_of_a_median() -> None:
+    assert contention.interval(range(1, 16)) == (8, 4, 12)  # 96 %: 3 of 15 coins or fewer 1.8 % on either side
+    assert contention.interval([5.0, 1.0, 3.0]) == (3.0, 1.0, 5.0)
+    assert contention.interval([7.0]) == (7.0, 7.0, 7.0)
+    assert contention.interval([1, 2, 3, 4, 5, 100]) == (3.5, 1, 100)
+    assert contention.interval([*[1.0] * 20, *[9.0] * 5]) == (1.0, 1.0, 1.0), "an outlier counts as one value"
+
+
 def test_a_file_and_back() -> None:
-    table = Contention("NVIDIA H200", (pair(), pair(main="memory", priority=True)))
+    table = Contention("NVIDIA H200", (pair(), pair(main="memory", priority=True)), (Alone("rest", 10, 1e-6),))
     assert contention.load("NVIDIA H200") is None
     path = contention.save(table)
     assert path is not None
@@ -60,7 +90,7 @@ def test_a_damaged_file_is_no_file(text: str) -> None:
     assert contention.load("gpu") is None
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": float("nan")}, {"side_seconds": 0.0}, {"stretch": float("inf")}])
+@pytest.mark.parametrize("wrong", [{"low": float("nan")}, {"side_seconds": 0.0}, {"stretch": float("inf")}])
 def test_numbers_that_cannot_be_are_no_file(wrong: dict[str, float]) -> None:
     contention.save(Contention("gpu", (pair(**wrong),)))  # type: ignore[arg-type]  # a table of fields
     assert contention.load("gpu") is None
@@ -78,13 +108,14 @@ def test_measured_on_a_device() -> None:
 
     x = torch.randn(256, 256, device="cuda")
     tiny = contention.Case("tiny", lambda: torch.sin(x), 2 * x.numel() * 4)
-    found = contention.measure([tiny], contention.main_cases(512, 256), priority=True, repeat=3)
+    found = contention.measure([tiny], contention.main_cases(512, 256), priority=True, rounds=7)
     assert {one.main for one in found} == {"matmul", "attention", "memory"}
     assert all(one.side_seconds > 0 and one.stretch >= 1 and one.hidden < 3 for one in found)
 
 
 def test_the_table_as_text() -> None:
-    lines = contention.table(Contention("gpu", (pair(hidden=-0.5, priority=True),))).splitlines()
+    table = Contention("gpu", (pair(hidden=-0.5, priority=True),), (Alone("rest", 10, 2e-6),))
+    lines = contention.table(table).splitlines()
     assert lines[0].startswith("gpu: ")
     assert lines[1].split() == [
         "s",
@@ -97,6 +128,10 @@ def test_the_table_as_text() -> None:
         "1000.0",
         "us",
         "-50%",
+        "(-60%",
+        "..",
+        "-40%)",
         "2.0",
         "x",
     ]
+    assert lines[2].split() == ["rest", "2.0", "us", "on", "the", "main", "stream"]

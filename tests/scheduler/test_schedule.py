@@ -23,7 +23,8 @@ def table(hidden: float = 1.0, kind: str = "mhc_test.side", seconds: float = 5e-
     """Everything beside `kind`, of every size."""
     sizes = [10 * 4**power for power in range(10)]
     mains = ("matmul", "attention", "memory", "communication")
-    return Contention("test", tuple(Pair(m, kind, s, False, 1e-5, seconds, hidden, 1.0) for m in mains for s in sizes))
+    shares = (hidden, hidden, hidden)
+    return Contention("test", tuple(Pair(m, kind, s, False, 1e-5, seconds, *shares, 1.0) for m in mains for s in sizes))
 
 
 def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,24 +274,29 @@ from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.scheduler import emit
 from mhc_compile.scheduler.schedule import forks, plan_graph
 from tests.lowering import graphs
+from mhc_compile.lowering import few_tokens
 from tests.scheduler.test_schedule import table
+
+few_tokens.FEW = 0  # a dozen tokens take a kernel that has nothing to move
 
 class Planned(graphs.LowerPass):
     def __call__(self, graph):
         super().__call__(graph)
-        if on:
-            plan_graph(graph, table(1.0, "mhc_kernel.activate", 1e-3), split=split_coefficients, forced=True)
+        if kind:
+            plan_graph(graph, table(1.0, "mhc_kernel." + kind, 1e-3), split=split_coefficients, forced=True)
             moved.extend(forks(graph))
-            assert sum("activate_pre" in str(node.target) for node in graph.nodes) == len(list(forks(graph)))
+            parts = ("mhc_kernel.activate_pre.default", "mhc_kernel.logits_backward_rest.default")
+            assert sum(str(node.target) in parts for node in graph.nodes) == len(list(forks(graph))), graph
+            assert sum("logits_backward.default" in str(node.target) for node in graph.nodes) in (0, 2)
 
 graphs.LowerPass, moved, found = Planned, [], []
-for on in (False, True):
+for kind in (None, "activate", "logits_backward_early"):
     torch._dynamo.reset()
-    call = graphs.lowered(graphs.chain, Options(), LoweringLog(), [])
+    call = graphs.lowered(graphs.chain, Options(fuse=False), LoweringLog(), [])  # few tokens are fused otherwise
     found.append(graphs.gradients(call, graphs.inputs(6)))
     with emit.deferred():
         found.append(graphs.gradients(call, graphs.inputs(6)))
-assert moved == ["mhc_kernel.activate.default"] * 2, moved
+assert moved == ["mhc_kernel.activate.default"] * 2 + ["mhc_kernel.logits_backward_early.default"] * 2, moved
 for other in found[1:]:
     assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 print("same bits")
@@ -298,7 +304,7 @@ print("same bits")
 
 
 def test_our_kernels_on_the_side_give_the_same_bits() -> None:
-    """Under Triton's interpreter: pre made early, post and res at both ends of time, forward and backward."""
+    """Under Triton's interpreter: pre made early and its gradient late, post and res at both ends of time."""
     import os
     import subprocess
     import sys
