@@ -38,11 +38,12 @@ def store_halves(out_ptr, offsets, value, mask, KP: tl.constexpr, TWO: tl.conste
 
 
 @triton.jit
-def summed(pointer, offsets, mask, step, PARTS: tl.constexpr) -> tl.tensor:
-    """The sum of PARTS float32 tensors that lie `step` elements apart, in their order."""
+def summed(pointer, offsets, mask, tokens, STRIDE: tl.constexpr, PARTS: tl.constexpr) -> tl.tensor:
+    """The sum of PARTS tensors [tokens, STRIDE] that lie one behind the other, in their order."""
     total = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(pointer + offsets + part * step, mask=mask, other=0.0).to(tl.float32)
+        place = tl.full((), part * STRIDE, tl.int64) * tokens
+        total += tl.load(pointer + place + offsets, mask=mask, other=0.0).to(tl.float32)
     return total
 
 
@@ -57,7 +58,7 @@ def vector_part(
     alpha = tl.load(alpha_ptr).to(tl.float32)
     dp = tl.zeros_like(z)
     if HAS:
-        dp = summed(grad_ptr, token * STRIDE + lines, mask, tokens.to(tl.int64) * STRIDE, PARTS) * SCALE
+        dp = summed(grad_ptr, token * STRIDE + lines, mask, tokens, STRIDE, PARTS) * SCALE
         if SIGMOID:
             act = tl.sigmoid(z * alpha + tl.load(bias_ptr + START + lines, mask=mask, other=0.0).to(tl.float32))
             dp = dp * act * (1.0 - act)
@@ -137,7 +138,7 @@ def logits_backward_kernel(
         ds = tl.zeros_like(z)
         if HAS_RES:
             cell_offsets = token3 * (STRIDE if STRIDE > N else N * N) + (N if STRIDE > N else 0) + cells
-            ds = summed(d_res_ptr, cell_offsets, mask3, tokens.to(tl.int64) * STRIDE, PARTS)
+            ds = summed(d_res_ptr, cell_offsets, mask3, tokens, STRIDE, PARTS)
             if SINKHORN:
                 bias = tl.load(bias_ptr + RES + cells, mask=valid, other=0.0).to(tl.float32)
                 ds = iterate_backward(ds, z * alpha + bias, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS,

@@ -265,7 +265,7 @@ def test_non_contiguous_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "width,tokens,transpose,mixed", [(64, 40, False, True), (96, 33, True, True), (32, 5, False, False)]
+    ("width", "tokens", "transpose", "mixed"), [(64, 40, False, True), (96, 33, True, True), (32, 5, False, False)]
 )
 def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dtype: torch.dtype) -> None:
     """The stream gradient of a site and the dot products of the post before it, against their formulas."""

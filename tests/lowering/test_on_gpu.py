@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +69,46 @@ def test_compiled_site_for_every_length(mode: str) -> None:
         for exact, got in zip(*results, strict=True):
             assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), tokens
     assert {entry.provider for entry in log.entries} <= {"triton", "fused"}, log.entries
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single_pass"])
+def test_three_sites_of_one_length(kind: str) -> None:
+    """Two boundaries against float64; torch has read off every kernel which tensors it writes (what it cannot read it
+    takes for written, and copies)."""
+    from mhc_compile.config import Options
+    from mhc_compile.lowering.base import LoweringLog
+    from mhc_compile.lowering.inductor import config_patches
+
+    def sites(x: Any, phi: Any, bias: Any, alpha: Any, weight: Any) -> Any:
+        gate = torch.full(x.shape[:-1], 0.25, device=x.device)
+        for _ in range(3):
+            pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **SPEC)
+            mix = gate if kind == "single_pass" else pre
+            y, _ = torch.ops.mhc.pre_norm.default(x, mix, weight, None, "rms", 1e-6, 0.0, True)
+            x, gate = torch.ops.mhc.post.default(x, y, post, res, False), pre
+        return x
+
+    log, said = LoweringLog(), io.StringIO()
+    patches: Any = config_patches(Options(), log)
+    logger, handler = logging.getLogger("torch._higher_order_ops.triton_kernel_wrap"), logging.StreamHandler(said)
+    logger.addHandler(handler)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(sites, fullgraph=True, options=patches)
+        x = torch.randn(2, 50, 4, 384).to(torch.bfloat16)
+        tensors = [x, torch.randn(24, 4 * 384) * 0.05, torch.randn(24), torch.full((1,), 0.4)]
+        weight = torch.randn(384).to(torch.bfloat16)
+        results = []
+        for function, dtype in ((sites, torch.float64), (compiled, None)):
+            leaves = [value.to(dtype or value.dtype).requires_grad_() for value in (*tensors, weight)]
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad(out.double().square().sum(), leaves)])
+    finally:
+        logger.removeHandler(handler)
+    for exact, got in zip(*results, strict=True):
+        assert float((exact - got.double()).norm()) <= 0.02 * float(exact.norm())
+    assert log.counts()["site boundary", "fused"] == 2
+    assert "identify_mutated_tensors" not in said.getvalue(), said.getvalue()
 
 
 def test_more_than_2_31_elements() -> None:

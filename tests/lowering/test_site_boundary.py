@@ -26,8 +26,9 @@ def test_two_programs_share_a_multiprocessor(mixed: bool) -> None:
     made = compile_for_hopper(site_boundary.site_boundary_kernel, pointers, TOKENS, constants, **options)
     assert made.stack == 0
     assert made.registers * 2 * 32 * options["num_warps"] <= 65536
-    loop = made.ptx[made.ptx.index("wgmma") : made.ptx.rindex("wgmma")]
-    assert "ld.shared" not in loop, "the tensor core's layout is the one of the loads: see dealt_pairs"
+    assert made.shared * 2 <= 227 * 1024
+    loop = made.ptx[made.ptx.index("wgmma.mma") : made.ptx.rindex("wgmma.mma")]
+    assert "st.shared" not in loop, "the tensor core's layout is the one of the loads: see dealt_pairs"
 
 
 def test_refusals_say_what_is_missing() -> None:
