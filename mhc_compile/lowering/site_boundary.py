@@ -29,15 +29,18 @@ from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_
 
 
 @triton.jit
-def dealt_pairs(total, BT: tl.constexpr) -> tl.tensor:
-    """A tensor-core result [2 BT, 16] -> [BT, 32], a token's two rows side by side.
+def dealt_streams(total, BT: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A tensor-core result [2 BT, 4 x 16] -> the four streams, each [BT, 32], a token's two rows side by side.
 
-    A thread of the tensor core holds rows g and g + 8 of 16, columns 8 j + 2 t + e. With both rows given to one token,
-    for columns 8 j + 2 t + e and 16 + 8 j + 2 t + e of `dealt_phi`, it has the coefficients of one token to hold, not
-    of two, and 8 neighbouring channels of it: nothing passes through shared memory (see `boundary.dealt`).
+    A thread of the tensor core holds rows g and g + 8 of 16, columns 8 j + 2 t + e of each stream. With both rows given
+    to one token, for columns 8 j + 2 t + e and 16 + 8 j + 2 t + e of `dealt_phi`, it has the coefficients of one token
+    to hold, not of two, and 8 neighbouring channels of it: nothing passes through shared memory (see `boundary.dealt`).
     """
-    parts = tl.reshape(total, (BT // 8, 2, 8, 2, 4, 2))
-    return tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3, 5)), (BT, 32))
+    parts = tl.reshape(total, (BT // 8, 2, 8, 2, 2, 2, 4, 2))
+    even, odd = tl.split(tl.reshape(tl.permute(parts, (0, 2, 6, 1, 5, 7, 3, 4)), (BT, 32, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -102,8 +105,8 @@ def site_boundary_kernel(
     if TWO:
         low = tl.load(dm_ptr + token * WIDTH + KP + (ks % KP)[None, :], mask=known, other=0.0)
     first = (program % SPANS) * SPAN
-    inner = tl.arange(0, 16)[None, :]
-    phi_offsets = (ks % KP)[:, None] * (N * CP) + (ks // KP)[:, None] * 16 + inner
+    inner = tl.arange(0, 16 * N)[None, :]
+    phi_offsets = (ks % KP)[:, None] * (N * CP) + (ks // KP)[:, None] * 16 + inner // 16 * CP + inner % 16
     real = (ks % KP < K)[:, None] & (inner >= 0)
     channels = tl.arange(0, 32)[None, :]
     sums = ()
@@ -121,12 +124,13 @@ def site_boundary_kernel(
         du = tl.load(du_ptr + columns, mask=there, other=0.0).to(tl.float32)
         dy = tl.zeros((BT, 32), dtype=tl.float32)
         new = ()
+        phi = tl.load(phi_ptr + phi_offsets + first + step, mask=real, other=0.0)
+        total = dot(dm, phi, tl.zeros((2 * BT, 16 * N), dtype=tl.float32))
+        if TWO:
+            total = dot(low, phi, total)
+        totals = dealt_streams(total, BT)
         for i in tl.static_range(N):
-            phi = tl.load(phi_ptr + phi_offsets + i * CP + first + step, mask=real, other=0.0)
-            total = dot(dm, phi, tl.zeros((2 * BT, 16), dtype=tl.float32))
-            if TWO:
-                total = dot(low, phi, total)
-            value = dealt_pairs(total, BT) + p[i] * du + cq[i] * y
+            value = totals[i] + p[i] * du + cq[i] * y
             if HAS_RES:
                 for o in tl.static_range(N):
                     value += h[i * N + o if TRANSPOSE else o * N + i] * gs[o].to(tl.float32)
@@ -167,7 +171,7 @@ def refusal(streams: Tensor) -> str:
 
 def config(width: int) -> dict[str, int]:
     """32 tokens, at most 256 channels, four warps; every load runs two steps ahead through shared memory, without which
-    the tensor core waits for phi at each stream (34 u instead of 22)."""
+    the tensor core waits for phi (34 u instead of 22)."""
     span = next(span for span in (256, 128, 64, 32) if width % span == 0)
     return {"BT": 32, "SPAN": span, "STAGES": 3, "num_warps": 4, "num_stages": 3}
 

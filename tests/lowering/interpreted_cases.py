@@ -280,7 +280,7 @@ def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dt
     halves[:, :rows] = dm.to(dtype)
     halves[:, padded : padded + rows] = (dm - dm.to(dtype).float()).to(dtype)
     got = site_boundary.site_boundary(
-        grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose, rows
+        grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose
     )
     g, x, y, du, p, q, c, dm = (value.double() for value in (grad, x, y, du, p, q, c, dm))
     eye = torch.eye(n, dtype=torch.float64).expand(tokens, n, n)
