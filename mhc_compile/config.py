@@ -246,7 +246,7 @@ class Options:
         True,
         Flag(),
         "On a GPU, measure a few settings of each kernel on a shape that is new, for at most 2 s a kernel, and keep "
-        "the fastest on disk. Off, or on a CPU: the fixed settings.",
+        "the fastest on disk. Off, on a CPU, or under `torch.use_deterministic_algorithms`: the fixed settings.",
     )
     compiler: str = _option(
         "inductor",

@@ -181,8 +181,8 @@ class LaunchPass(CustomGraphPass):
     def __init__(self, log: LoweringLog, options: Any = None) -> None:
         self.log = log
         # Taken now: the backward is compiled on a thread of autograd's own, where no context of ours is.
-        own = tune.Session(log.record_setting) if getattr(options, "autotune", False) else None
-        self.tuning = tune.current() or own
+        wanted = getattr(options, "autotune", False) and not torch.are_deterministic_algorithms_enabled()
+        self.tuning = tune.current() or (tune.Session(log.record_setting) if wanted else None)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Open every call of a kernel in `graph`."""

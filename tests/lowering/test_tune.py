@@ -318,6 +318,15 @@ def test_a_session_that_is_open_wins() -> None:
     assert LaunchPass(LoweringLog()).tuning is None
 
 
+def test_a_clock_decides_nothing_about_deterministic_runs() -> None:
+    assert LaunchPass(LoweringLog(), Options()).tuning is not None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert LaunchPass(LoweringLog(), Options()).tuning is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @needs_triton
 @pytest.mark.parametrize("width", [64, 96, 1280, 2560, 4096, 16384])
 def test_candidates_are_few_and_fit(width: int) -> None:
