@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from mhc_compile import cost
-from mhc_compile.compat import triton_version
+from mhc_compile.compat import fake_inputs, outside_of_tracing, triton_version
 from mhc_compile.config import Options
 from mhc_compile.lowering import tune
 from mhc_compile.lowering.base import LoweringLog
@@ -237,22 +237,25 @@ def test_no_session_no_question() -> None:
 needs_triton = pytest.mark.skipif(compiler_missing(), reason="needs Triton")
 
 
-def lowered_post(options: Options, log: LoweringLog, tokens: int = 8192, width: int = 4096) -> dict[str, Any]:
+def lowered_post(
+    options: Options, log: LoweringLog, tokens: int = 8192, width: int = 4096, dynamic: bool = False
+) -> dict[str, Any]:
     """The constants of `post` for fake tensors on a GPU that need not be there, and its warps and grid."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-    from torch._subclasses import FakeTensorMode
 
     from mhc_compile.lowering import post  # noqa: F401  # registers the op
 
     graph, nodes = fx.Graph(), []
     shapes = [((tokens, 4, width), torch.bfloat16), ((tokens, width), torch.bfloat16)]
     shapes += [((tokens, 4), torch.float32), ((tokens, 4, 4), torch.float32)]
-    with FakeTensorMode():
-        for index, (shape, dtype) in enumerate(shapes):
+    given = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in shapes]
+    mode, fakes = fake_inputs([], given, {index: [0] for index in range(4)} if dynamic else {})
+    with mode:
+        for index, value in enumerate(fakes):
             nodes.append(graph.placeholder(f"a{index}"))
-            nodes[-1].meta["val"] = torch.empty(shape, dtype=dtype, device="cuda:0")
+            nodes[-1].meta["val"] = value.to("cuda:0")
         call = graph.call_function(torch.ops.mhc_kernel.post.default, (*nodes, False))
-        call.meta["val"] = torch.empty(shapes[0][0], dtype=torch.bfloat16, device="cuda:0")
+        call.meta["val"] = torch.empty_like(nodes[0].meta["val"])
     graph.output(call)
     LaunchPass(log, options)(graph)
     assert not log.entries, "every call was opened"
@@ -288,6 +291,26 @@ def test_a_stored_choice_reaches_the_graph(
     assert again.tuned[0].endswith("from disk")
     assert lowered_post(Options(autotune=False), log) == fixed
     assert lowered_post(Options(), log, tokens=8) == {"BC": 1024, "num_warps": 4, "grid": 32}, "too small to tell"
+
+
+@needs_triton
+def test_an_open_number_of_tokens_is_measured_at_its_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph stays open: the grid is a symbol's."""
+    sizes: list[int] = []
+
+    def seconds(runner: Any, config: tune.Config) -> float:
+        with outside_of_tracing():
+            assert type(torch.empty(1)) is torch.Tensor
+        sizes.append(tune._bytes(runner.args))
+        return 1.0 / config["BC"]
+
+    monkeypatch.setattr(tune, "device_name", lambda device: GPU)
+    monkeypatch.setattr(tune._Runner, "__call__", seconds)
+    found = lowered_post(Options(), LoweringLog(), 2048, 2048, dynamic=True)
+    assert found["BC"] == 2048
+    assert not isinstance(found["grid"], int)
+    assert set(sizes) == {2048 * 2048 * 2 * 9 + 2048 * 20 * 4}
+    assert [key[1].split()[1] for key in tune._chosen] == ["T<=2048"]
 
 
 @needs_triton
