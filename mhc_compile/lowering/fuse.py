@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from . import kernels
-from .base import TARGETS, LoweringLog, arguments
+from .base import TARGETS, LoweringLog, arguments, device_of
 from .inline import insert_function, replace
 
 _STATE_ARGUMENT = {
@@ -167,6 +167,12 @@ def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
 def run(graph: fx.Graph, log: LoweringLog) -> None:
     """All fusions, in order."""
     names = {TARGETS.get(node.target) for node in graph.nodes}
+    if "coefficients" in names and not names & set(_STATE_ARGUMENT):
+        some = next(node for node in graph.nodes if TARGETS.get(node.target) == "coefficients")
+        if not kernels.platform_refusal(device_of(arguments(some))):
+            from . import few_tokens
+
+            few_tokens.merge(graph, log, kernels.refusal)
     if {"post", "pre_norm"} <= names:
         from . import post_pre_norm
 

@@ -49,6 +49,7 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
+        from . import activate_pre_norm, post_project  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, site_boundary  # noqa: F401  # isort: skip
 
 

@@ -17,6 +17,7 @@ from .launch import (
     by_token,
     kernel_op,
     launch_tuned,
+    load_raw,
     load_row,
     load_scalars,
     nonempty,
@@ -27,6 +28,7 @@ from .launch import (
     zeros,
 )
 from .post import INNER, post_config, post_others
+from .pre_norm import mixed
 
 
 def refusal(x: Tensor) -> str:
@@ -44,10 +46,10 @@ def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl
     offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
     mask = offsets < C
     p = load_scalars(pre_ptr + token * N, N)
-    total = p[0] * load_row(x_ptr, token * N * C, offsets, mask, MASKED)
-    for i in tl.static_range(1, N):
-        total += p[i] * load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED)
-    store_row(out_ptr, token * C, offsets, total, mask, MASKED)
+    xs = ()
+    for i in tl.static_range(N):
+        xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+    store_row(out_ptr, token * C, offsets, mixed(xs, p, N), mask, MASKED)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("cases", ["interpreted_cases.py", "interpreted_graphs.py"])
+@pytest.mark.parametrize("cases", ["interpreted_cases.py", "interpreted_graphs.py", "interpreted_few_tokens.py"])
 def test_kernels_under_the_interpreter(cases: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

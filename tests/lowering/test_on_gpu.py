@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available() and triton_version():
-    from tests.lowering import interpreted_cases
+    from tests.lowering import interpreted_cases, interpreted_few_tokens
 
-    cases = {name: value for name, value in vars(interpreted_cases).items() if name.startswith("test_")}
-    del cases["test_the_interpreter_is_on"]
+    every = vars(interpreted_cases) | vars(interpreted_few_tokens)
+    cases = {name: value for name, value in every.items() if name.startswith("test_")}
+    del cases["test_the_interpreter_is_on"], cases["test_a_model_of_the_backend"]
     globals().update(cases)
 
 
@@ -109,6 +111,35 @@ def test_three_sites_of_one_length(kind: str) -> None:
         assert float((exact - got.double()).norm()) <= 0.02 * float(exact.norm())
     assert log.counts()["site boundary", "fused"] == 2
     assert "identify_mutated_tensors" not in said.getvalue(), said.getvalue()
+
+
+@pytest.mark.parametrize("variant", ["mhc", "single_pass", "identity"])
+@pytest.mark.parametrize("mode", ["plain", "cudagraphs"])
+def test_compiled_chain_with_few_tokens(mode: str, variant: str) -> None:
+    """Two launches a site at 1, 8 and 64 tokens against float64; the graph compiled for 8 serves 3000 as well."""
+    from mhc_compile.config import Options
+    from mhc_compile.lowering.base import LoweringLog
+    from mhc_compile.lowering.inductor import config_patches
+
+    log = LoweringLog()
+    # A graph from the disk runs no pass of ours, and the count of the fusions is asked for.
+    patches: Any = config_patches(Options(), log) | {"triton.cudagraphs": mode == "cudagraphs", "fx_graph_cache": False}
+    function = functools.partial(interpreted_few_tokens.chain, variant=variant)
+    compiled = torch.compile(function, fullgraph=True, options=patches)
+    for width in (384, 2560):
+        torch._dynamo.reset()
+        for tokens in (1, 8, 64, 3000):
+            x, w, sites = interpreted_few_tokens.chain_inputs(tokens, width, batch=1)
+            x, w = x.to(torch.bfloat16), w.to(torch.bfloat16)
+            sites = [(*site[:5], site[5].to(torch.bfloat16)) for site in sites]
+            torch._dynamo.mark_dynamic(x, 1) if tokens > 1 else None
+            exact = function(x.double(), w.double(), [tuple(t.double() for t in site) for site in sites])
+            with torch.no_grad():
+                for _ in range(3):  # the second call records a CUDA graph, the third replays it
+                    torch.compiler.cudagraph_mark_step_begin()
+                    got = compiled(x, w, sites)
+                assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), (width, tokens)
+    assert log.counts()["few tokens", "fused"] == 2 * 2 * 3, "widths, one token and a symbol, sites"
 
 
 def test_more_than_2_31_elements() -> None:
