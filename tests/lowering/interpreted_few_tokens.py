@@ -49,7 +49,7 @@ def spec_and_parameters(which: str, n: int, width: int, dtype: torch.dtype) -> t
 
 @pytest.mark.parametrize(
     ("n", "width", "dtype", "lead", "phi_dtype"),
-    [*((*size, torch.float32) for size in SIZES), *((*size, torch.bfloat16) for size in (SIZES[0], SIZES[4], SIZES[5]))],
+    [(*size, torch.float32) for size in SIZES] + [(*SIZES[index], torch.bfloat16) for index in (0, 4, 5)],
 )
 def test_post_project(n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...], phi_dtype: torch.dtype) -> None:
     """X' has the bits of post; the sums over the splits are phi X' and the squares of X' as it was written."""
