@@ -25,7 +25,7 @@ from mhc_compile.lowering.inductor import config_patches, source_hash
 from mhc_compile.lowering.kernels import register_kernels
 from mhc_compile.lowering.mlir import compile_inference
 from mhc_compile.lowering.side import split_coefficients
-from mhc_compile.passes.recompute import PLAN_KEY
+from mhc_compile.passes.recompute import PLAN_KEY, inductor_settings
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
 from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
@@ -137,7 +137,8 @@ def _compile(
         return artefact
     if options.lowering == "mlir":
         return compile_inference(gm, inputs, lowering)
-    settings = {**resolved.inductor, **config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))}
+    patches = config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))
+    settings = {**inductor_settings(gm, options), **resolved.inductor, **patches}
     register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
     if options.schedule == "auto" and schedule is not None:
         settings = schedule_patches(settings, schedule, split_coefficients, source_hash())

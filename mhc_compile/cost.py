@@ -126,6 +126,18 @@ def measure(device: torch.device) -> Device:
     return Device(torch.cuda.get_device_name(device), 2.0 * _COPY_BYTES / copy, peaks, latency, measured=True)
 
 
+def library_bytes(kind: str, index: int = 0) -> int:
+    """Bytes that cuBLAS holds through PyTorch's allocator while a model trains: one workspace for the thread that runs
+    the forward and one for autograd's (ATen/cuda/CUDABlas and CublasHandlePool). 0 where there is no cuBLAS."""
+    if kind != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return 0
+    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if asked:
+        return 2 * sum(int(size) * int(count) * 1024 for size, count in asked)
+    large = torch.cuda.get_device_capability(index) in ((9, 0), (10, 0))
+    return 2 * (8 * 4096 * 1024 if large else 2 * 4096 * 1024 + 8 * 16 * 1024)
+
+
 def _copy_seconds(device: torch.device) -> float:
     source = torch.randn(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)

@@ -156,6 +156,8 @@ def _recompute(result: RecomputeResult) -> list[Any]:
     text += f"; a state is {_mib(max(row.state_bytes for row in result.rows))}"
     text += f"; replay {result.replay_seconds * 1e3:.2f} ms a step on {result.device}"
     parts.append(Text(text))
+    if line := result.logits.line(result.peak):
+        parts.append(Text(line))
     table = Table(box=None, pad_edge=False)
     for name in ("sites", "state", "replayed", "inputs kept", "inputs replayed", "coefficients", "branch outputs"):
         table.add_column(name, no_wrap=True)

@@ -129,3 +129,15 @@ def test_gpu_is_measured_once(tmp_path: Path, monkeypatch) -> None:
     assert first.measured
     assert first.bandwidth > 1e11
     cost.device_of.cache_clear()
+
+
+def test_what_cublas_holds(monkeypatch) -> None:
+    assert cost.library_bytes("cpu") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for capability, megabytes in (((9, 0), 32), ((8, 0), 8.125)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, known=capability: known)
+        assert cost.library_bytes("cuda") == 2 * megabytes * 2**20
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    assert cost.library_bytes("cuda") == 2 * (2 * 4096 + 8 * 16) * 1024

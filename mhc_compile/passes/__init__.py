@@ -9,8 +9,8 @@ from mhc_compile.passes.recompute import recompute
 from mhc_compile.passes.respell import respell
 from mhc_compile.passes.widen import widen
 
-ORDER: tuple[Pass, ...] = (raise_chains, respell, find_sites, check_fragment, widen, recompute, fold_norms)
-"""THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds; then
-what is kept of all of them for the backward; and last, what one kernel does of what is left."""
+ORDER: tuple[Pass, ...] = (raise_chains, respell, find_sites, check_fragment, widen, fold_norms, recompute)
+"""THE ORDER. Hand-written hyper-connections first (a model that has them is not widened), then the plain adds;
+then what one kernel does of what is there; and last, what is kept of all of it for the backward."""
 
 __all__ = ["ORDER", "Pass", "PassContext", "PassResult", "Refusal", "run_pass"]

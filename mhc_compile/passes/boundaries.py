@@ -2,22 +2,27 @@
 
 A plan keeps the states X_l of some sites (the *boundaries*); the sites from one boundary to the next are a *block*.
 When a block's backward starts, its other states are replayed from the boundary, the kept branch outputs and the kept
-coefficients. The branch input u_l (and the branch's norm) is kept or replayed site by site. While site l of the block
-that starts at a runs backward, this is live (`evaluate`, the definition that everything here is tested against):
+coefficients. The branch input u_l (and the branch's norm) is kept or replayed site by site: when its site needs it, or
+(`Site.early`) with its state, by one kernel, and then it is there from the start of the block. While site l of the
+block that starts at a runs backward, this is live (`evaluate`, the definition that everything here is tested against):
 
     live_l  +  sum of kept states up to a  +  sum of kept inputs before l  +  states a+1 .. l of the block  +  u_l
+                                                                           +  early inputs a+1 .. l - 1 of the block
 
-and between forward and backward: ``head`` + everything kept. The peak is the largest of these; the time is the sum over
-what is replayed, each state and input once.
+Behind the branch, when u_l is gone, it is ``border_l`` in place of live_l + u_l; and between forward and backward
+``head`` + everything kept. The peak is the largest of these; the time is the sum over what is replayed, each state and
+input once.
 
 The start is the closed form for equal sites, L_r = sqrt(L kept / replayed), the paper's sqrt(n L / (n + 2)) for states
 of n C and n + 2 units of C a site in the block (`closed_form`). From there dynamic programming over the sites, with the
 last boundary as its state and the undominated pairs (kept bytes, seconds) as values (`_sweep`), gives the fastest plan
-under a limit of the peak; bisection over the limit gives the least peak (`least_peak`).
+under a limit of the peak; bisection over the limit gives the least peak (`least_peak`). An early input is there while
+its block runs backward whether it is kept or not, so which of them are kept is decided when their block ends.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +51,10 @@ class Site:
     """Bytes that keeping X_l costs where it is rebuilt from something smaller (the value that is expanded)."""
     pinned: bool = False
     """True where X_l has to be kept: it cannot be replayed from the state before it."""
+    border: int = 0
+    """Bytes live behind the branch, when its input is gone: the gradients of two states are."""
+    early: bool = False
+    """True where a replayed branch input is made together with its replayed state."""
 
     @property
     def cost(self) -> int:
@@ -86,25 +95,31 @@ def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> P
     pinned = {index for index, site in enumerate(chain.sites) if site.pinned}
     boundaries, whole = {0} | pinned | set(kept), set(inputs)
     total, block, peak, seconds = 0, 0, 0, 0.0
+    held = 0  # early inputs of this block that are kept: part of `block` until it ends
     for index, site in enumerate(chain.sites):
+        early = site.early and index not in boundaries
         if index in boundaries:
-            total, block = total + site.cost, site.rebuilt
+            total, block, held = total + held + site.cost, site.rebuilt, 0
             seconds += site.state_seconds if site.source is not None else 0.0
         else:
-            block += site.state
+            block += site.state + (site.branch_input if early else 0)
             seconds += site.state_seconds
-        peak = max(peak, site.live + total + block + site.branch_input)
-        if index in whole:
-            total += site.branch_input
-        else:
+        own = site.branch_input if early else 0
+        peak = max(peak, site.live + total + block + site.branch_input - own, site.border + total + block - own)
+        if index not in whole:
             seconds += site.input_seconds
+        elif early:
+            held += site.branch_input
+        else:
+            total += site.branch_input
+    total += held
     peak = max(peak, chain.head + total)
     return Plan(tuple(sorted(boundaries)), tuple(sorted(whole)), peak, total, seconds)
 
 
 def keep_all(chain: Chain) -> Plan:
     """What happens without recompute: every state and every branch input is kept, the expanded state itself too."""
-    sites = tuple(Site(s.state, s.branch_input, s.live, s.state_seconds, s.input_seconds) for s in chain.sites)
+    sites = tuple(dataclasses.replace(site, source=None, pinned=False, early=False) for site in chain.sites)
     every = range(len(sites))
     return evaluate(Chain(sites, chain.head), every, every)
 
@@ -128,10 +143,23 @@ def equal_blocks(chain: Chain) -> Plan:
 
 
 # ------------------------------------------------------------------------------------------------ the exact choice
-_Trail = tuple[Any, int, str] | None
-"""What is kept, last first: (what came before it, site, "state" or "input")."""
+_Trail = tuple[Any, tuple[int, ...], str] | None
+"""What is kept, last first: (what came before it, sites, "state" or "input")."""
 _Point = tuple[int, float, _Trail]
 """(kept bytes, seconds, decisions)."""
+_Saving = tuple[int, float, tuple[int, ...]]
+"""Early inputs of a block that may be kept: (bytes, seconds that are added: 0 or less, sites)."""
+
+
+@dataclass
+class _Block:
+    """What a sweep knows of the block that starts at one boundary."""
+
+    live: int
+    """Replayed bytes of the block so far, early inputs included."""
+    points: list[_Point]
+    """Without the early inputs of the block: as if all of them were replayed."""
+    savings: list[_Saving]
 
 
 def fastest(chain: Chain, peak: float = math.inf, kept: float = math.inf) -> Plan | None:
@@ -145,8 +173,9 @@ def fastest(chain: Chain, peak: float = math.inf, kept: float = math.inf) -> Pla
     return _plan(chain, min(ends, key=lambda point: (point[1], point[0])))
 
 
-def least_peak(chain: Chain, kept: float = math.inf) -> Plan | None:
-    """The plan with the least peak, and among those the fastest; None if the pinned states exceed `kept`."""
+def least_peak(chain: Chain, kept: float = math.inf, tolerance: float = 0.0) -> Plan | None:
+    """The fastest of the plans whose peak is at most ``1 + tolerance`` times the least there is; None if the pinned
+    states exceed `kept`."""
     start = equal_blocks(chain)
     if start.kept_bytes > kept:
         start = evaluate(chain, ())
@@ -159,7 +188,7 @@ def least_peak(chain: Chain, kept: float = math.inf) -> Plan | None:
             high = middle
         else:
             low = middle + 1
-    return fastest(chain, high, kept)
+    return fastest(chain, high * (1 + tolerance), kept)
 
 
 def fastest_within(chain: Chain, kept: int) -> Plan | None:
@@ -189,55 +218,77 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
     prune: Callable[[list[_Point], int], list[_Point]] = _fewest if replay_inputs else _undominated
     first = chain.sites[0]
     seconds = first.state_seconds if first.source is not None else 0.0
-    fronts: dict[int, tuple[int, list[_Point]]] = {0: (first.rebuilt, [(first.cost, seconds, None)])}
+    blocks = {0: _Block(first.rebuilt, [(first.cost, seconds, None)], [(0, 0.0, ())])}
     for index, site in enumerate(chain.sites):
-        cap = max(_POINTS // len(chain.sites) // (len(fronts) + 1), 4)
-        after: dict[int, tuple[int, list[_Point]]] = {}
-        for boundary, (block, points) in fronts.items():
-            limit = min(peak - site.live - block - site.branch_input, kept)
-            alive = [point for point in points if point[0] <= limit]
+        cap = max(_POINTS // len(chain.sites) // (len(blocks) + 1), 4)
+        after: dict[int, _Block] = {}
+        for boundary, block in blocks.items():
+            early = site.early and boundary != index
+            own = site.branch_input if early else 0
+            most = max(site.live + site.branch_input, site.border) + block.live - own
+            alive = [point for point in block.points if point[0] <= min(peak - most, kept)]
             if not alive:
                 continue
             choices: list[_Point] = [(k, t + site.input_seconds, trail) for k, t, trail in alive]
-            if not replay_inputs:
-                more = ((k + site.branch_input, t, (trail, index, "input")) for k, t, trail in alive)
+            if not replay_inputs and early:
+                block.savings = _with_saving(block.savings, site, index, max(cap // 8, 8))
+            elif not replay_inputs:
+                more = ((k + site.branch_input, t, (trail, (index,), "input")) for k, t, trail in alive)
                 choices += [point for point in more if point[0] <= kept]
-            after[boundary] = block, prune(choices, cap)
+            after[boundary] = _Block(block.live, prune(choices, cap), block.savings)
         last = index + 1 == len(chain.sites)
-        fronts = after if last else _step(after, chain.sites[index + 1], index + 1, prune, cap)
-        if not fronts:
+        blocks = after if last else _step(after, chain.sites[index + 1], index + 1, prune, cap)
+        if not blocks:
             return []
     limit = min(peak - chain.head, kept)
-    ends = [point for _, points in fronts.values() for point in points if point[0] <= limit]
+    ends = [point for block in blocks.values() for point in _ended(block) if point[0] <= limit]
     return prune(ends, len(ends) + 1)
 
 
 def _step(
-    fronts: dict[int, tuple[int, list[_Point]]],
+    blocks: dict[int, _Block],
     site: Site,
     index: int,
     prune: Callable[[list[_Point], int], list[_Point]],
     cap: int,
-) -> dict[int, tuple[int, list[_Point]]]:
+) -> dict[int, _Block]:
     """From one site to the next: its state is kept (a new boundary) or replayed (the block goes on)."""
-    after: dict[int, tuple[int, list[_Point]]] = {}
+    after: dict[int, _Block] = {}
     keep: list[_Point] = []
     rebuild = site.state_seconds if site.source is not None else 0.0
-    for boundary, (block, points) in fronts.items():
+    for boundary, block in blocks.items():
         if not site.pinned:
-            longer: list[_Point] = [(k, t + site.state_seconds, trail) for k, t, trail in points]
-            after[boundary] = block + site.state, longer
-        keep += [(k + site.cost, t + rebuild, (trail, index, "state")) for k, t, trail in points]
-    after[index] = site.rebuilt, prune(keep, cap)
+            longer: list[_Point] = [(k, t + site.state_seconds, trail) for k, t, trail in block.points]
+            more = site.state + (site.branch_input if site.early else 0)
+            after[boundary] = _Block(block.live + more, longer, block.savings)
+        keep += [(k + site.cost, t + rebuild, (trail, (index,), "state")) for k, t, trail in _ended(block)]
+    after[index] = _Block(site.rebuilt, prune(keep, cap), [(0, 0.0, ())])
     return after
+
+
+def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> list[_Saving]:
+    """The savings of a block when the early input of one more site may be kept."""
+    more = [(size + site.branch_input, less - site.input_seconds, (*which, index)) for size, less, which in savings]
+    return _undominated([*savings, *more], cap)
+
+
+def _ended(block: _Block) -> list[_Point]:
+    """The points of a block that ends, with each choice of early inputs to keep."""
+    if len(block.savings) == 1:
+        return block.points
+    return [
+        (k + size, t + less, (trail, which, "input") if which else trail)
+        for k, t, trail in block.points
+        for size, less, which in block.savings
+    ]
 
 
 def _plan(chain: Chain, point: _Point) -> Plan:
     decided: dict[str, list[int]] = {"state": [], "input": []}
     trail = point[2]
     while trail is not None:
-        trail, index, what = trail
-        decided[what].append(index)
+        trail, which, what = trail
+        decided[what].extend(which)
     return evaluate(chain, decided["state"], decided["input"])
 
 
@@ -245,10 +296,10 @@ def _fewest(points: list[_Point], cap: int) -> list[_Point]:
     return [min(points, key=lambda point: point[0])] if points else []
 
 
-def _undominated(points: list[_Point], cap: int) -> list[_Point]:
+def _undominated(points: list[Any], cap: int) -> list[Any]:
     """Points that no other beats in both bytes and seconds, by bytes; thinned evenly to `cap`."""
     points.sort(key=lambda point: (point[0], point[1]))
-    front: list[_Point] = []
+    front: list[Any] = []
     best = math.inf
     for point in points:
         if point[1] < best:
@@ -257,7 +308,7 @@ def _undominated(points: list[_Point], cap: int) -> list[_Point]:
     return _thinned(front, cap)
 
 
-def _thinned(front: Sequence[_Point], cap: int) -> list[_Point]:
+def _thinned(front: Sequence[Any], cap: int) -> list[Any]:
     if len(front) <= cap:
         return list(front)
     last = len(front) - 1

@@ -6,9 +6,9 @@ replay, which would show in the bits. The kernel gives the same bits each time, 
 with it, whole or spelled out.
 
 What is found is said in ``patterns.pre_norm``. The new node stands where the norm's result stood, and has the recompute
-tags of the ``pre``, whatever those of the norm were: kept, it is as large as the branch input that is kept no more. So
-what is folded never depends on a plan, and the bits do not either. A ``pre`` that is left has its reason in the notes;
-it is no refusal, the model is the same.
+tags of the ``pre`` (a checkpoint's of the user), whatever those of the norm were. The plan of ``recompute`` is made
+afterwards, of what is there then: what is folded never depends on it, and the bits do not either. A ``pre`` that is
+left has its reason in the notes; it is no refusal, the model is the same.
 """
 
 from __future__ import annotations

@@ -26,15 +26,20 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import cost, ops
+from mhc_compile.config import Options
 from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
 from mhc_compile.passes.activations import kept_by_autograd, live_bytes
 from mhc_compile.passes.base import PassContext, PassResult
 from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
+from mhc_compile.passes.logits import Logits, compare, total
 from mhc_compile.passes.norms import Norm, find_norm
 from mhc_compile.passes.states import State, find_states
 
 PLAN_KEY = "mhc_plan_key"
 """Where the graph module's ``meta`` holds the identity of its tags, for inductor's caches."""
+
+TOLERANCE = 0.01
+"""With ``recompute="memory"``: of the plans whose peak is within this of the least, the fastest is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ class RecomputeResult(PassResult):
     """Predicted time of the replay."""
     device: str = ""
     """Whose numbers the time is from."""
+    logits: Logits = dataclasses.field(default_factory=Logits)
+    """What keeping the logits without the coefficients would come to."""
 
 
 @dataclasses.dataclass
@@ -95,6 +102,17 @@ def recompute(gm: fx.GraphModule, ctx: PassContext) -> RecomputeResult:
         _recompute(gm, ctx, result)
     gm.meta[PLAN_KEY] = plan_key(gm)
     return result
+
+
+def inductor_settings(gm: fx.GraphModule, options: Options) -> dict[str, object]:
+    """Settings of inductor that a plan wants, for the user's own to go over.
+
+    Inductor hands the memory of a dead buffer on to the next one of the same size, however far behind, and holds it
+    until then: a layer's widest gradients (240 MB of the Qwen3 shape at 4096 tokens) would be there all through the
+    layer below. A replay frees what it made, and PyTorch's allocator finds it again.
+    """
+    planned = options.recompute != "off" and bool(gm.meta.get(PLAN_KEY))
+    return {"allow_buffer_reuse": False} if planned else {}
 
 
 def plan_key(gm: fx.GraphModule) -> str:
@@ -123,7 +141,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
     where = next((t.device for chain in chains for t in cost.tensors_of(value_of(chain[0].producer))), None)
     device = cost.device_of(where.type if where is not None else "cpu", (where.index or 0) if where is not None else 0)
     result.device = device.name if device.measured else f"{device.name} (nominal numbers)"
-    planned = [_describe(gm.graph, states, is_parameter, device) for states in chains]
+    planned = [_describe(gm.graph, states, is_parameter, device, where) for states in chains]
     others = sum(keep_all(each.chain).kept_bytes for each in planned)
     whole = others
     for index, each in enumerate(planned):
@@ -140,6 +158,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
         result.rows += _rows(index, each, chosen)
         if each.plan is not None:
             result.changed += _tag(each, each.plan)
+    result.logits = total([compare(each.states, each.chain, device) for each in planned])
     if result.changed:
         _untag_the_rest(gm.graph, planned)
 
@@ -160,37 +179,52 @@ def _wants_gradient(node: fx.Node) -> bool:
 
 
 def _describe(
-    graph: fx.Graph, states: list[State], is_parameter: Callable[[fx.Node], bool], device: Device
+    graph: fx.Graph,
+    states: list[State],
+    is_parameter: Callable[[fx.Node], bool],
+    device: Device,
+    where: torch.device | None,
 ) -> _Planned:
     """Bytes and seconds of a chain."""
     norms = [[norm for pre in state.pres if (norm := find_norm(pre, is_parameter))] for state in states]
-    posts = [state.post for state in states if state.post is not None]
     without = {pre for state in states for pre in state.pres}
     without |= {node for found in norms for norm in found for node in (*norm.replayed, *norm.reductions)}
     without |= {base for state in states if state.output is not None for base in _with_bases(state.output)}
-    kept = kept_by_autograd(graph, posts, is_parameter, without)
-    sizes = [bytes_of(state.producer) for state in states]
-    own = [_coefficient_bytes(state) + _output_bytes(state) for state in states]
-    live = live_bytes(graph, posts, is_parameter, kept, own, sizes)
+    kept = kept_by_autograd(graph, is_parameter, without)
+    own = [(_coefficient_bytes(state), _output_bytes(state)) for state in states]
+    kind, number = (where.type, where.index or 0) if where is not None else ("cpu", 0)
+    live = live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
     sites = []
     for index, state in enumerate(states):
         source = bytes_of(state.producer.args[0]) if state.is_expanded else None
         first = index == 0 and not state.is_expanded
+        early = _is_early(state)
         made = cost.work(state.producer).seconds(device) if not first else 0.0
-        inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
+        if early:
+            inputs = sum(Work(0, bytes_of(pre)).seconds(device) - device.latency for pre in state.pres)
+        else:
+            inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
         inputs += sum(_norm_work(norm).seconds(device) for norm in norms[index])
         sites.append(
             Site(
-                state=sizes[index],
+                state=bytes_of(state.producer),
                 branch_input=_input_bytes(state, norms[index]),
                 live=live.sites[index],
                 state_seconds=made,
                 input_seconds=inputs,
                 source=source,
                 pinned=first or state.shared,
+                border=live.borders[index],
+                early=early,
             )
         )
     return _Planned(states, norms, Chain(tuple(sites), live.head))
+
+
+def _is_early(state: State) -> bool:
+    """True where one kernel makes a replayed state and its branch input (``lowering.post_pre_norm``)."""
+    made_by_post = state.producer.target is ops.post.overload and not state.paths
+    return made_by_post and len(state.pres) == 1 and state.pres[0].target is ops.pre_norm.overload
 
 
 def _norm_work(norm: Norm) -> Work:
@@ -221,7 +255,7 @@ def _with_bases(node: fx.Node) -> list[fx.Node]:
 
 def _with(chain: Chain, more: int) -> Chain:
     """The chain with `more` bytes live all the time."""
-    sites = tuple(dataclasses.replace(site, live=site.live + more) for site in chain.sites)
+    sites = tuple(dataclasses.replace(site, live=site.live + more, border=site.border + more) for site in chain.sites)
     return Chain(sites, chain.head + more)
 
 
@@ -249,7 +283,7 @@ def _choose(
         if plan is not None:
             return plan
         result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
-    plan = least_peak(chain)
+    plan = least_peak(chain, tolerance=TOLERANCE)
     if plan is None or plan.peak >= everything.peak:
         result.notes.append("the predicted peak is elsewhere (weights and their gradients): nothing is replayed")
         return None
@@ -260,9 +294,7 @@ def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan |
     """As many states as fit, spread for the least peak; the branch inputs, which are not states, are all replayed."""
     if keep_all(chain).kept_bytes <= allowed:
         return None
-    states = Chain(
-        tuple(dataclasses.replace(s, live=s.live + s.branch_input, branch_input=0) for s in chain.sites), chain.head
-    )
+    states = Chain(tuple(dataclasses.replace(site, input_seconds=0.0) for site in chain.sites), chain.head)
     found = fastest_within(states, allowed)
     plan = evaluate(chain, found.kept if found is not None else ())
     if found is None:

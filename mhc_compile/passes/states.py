@@ -31,7 +31,7 @@ class State:
     paths: list[fx.Node] = dataclasses.field(default_factory=list)
     """Operations between ``producer`` and the ops that read the state, in graph order."""
     pres: list[fx.Node] = dataclasses.field(default_factory=list)
-    """The pre-mixes of this state."""
+    """The pre-mixes of this state, with or without the branch's norm."""
     coefficients: list[fx.Node] = dataclasses.field(default_factory=list)
     """Coefficients computed from this state."""
     shared: bool = False
@@ -61,7 +61,7 @@ def find_states(graph: fx.Graph) -> list[list[State]]:
     made_by: dict[fx.Node, State] = {}
     readers: dict[fx.Node, list[tuple[fx.Node, list[fx.Node]]]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target in (ops.pre.overload, ops.coefficients.overload):
+        if node.target in (ops.pre.overload, ops.pre_norm.overload, ops.coefficients.overload):
             producer, path = origin(node.args[0])
             readers[producer].append((node, path))
         elif node.target is ops.post.overload:
@@ -84,7 +84,7 @@ def find_states(graph: fx.Graph) -> list[list[State]]:
     for producer, found in readers.items():
         for node, path in found:
             for state in states.get(producer, [])[:1]:
-                (state.pres if node.target is ops.pre.overload else state.coefficients).append(node)
+                (state.coefficients if node.target is ops.coefficients.overload else state.pres).append(node)
                 _add(state.paths, path)
     for chain in chains:
         if not chain[-1].pres and not chain[-1].coefficients:

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile.cost import bytes_of, target_name
-from mhc_compile.passes.activations import Kept, kept_by_autograd, live_bytes
+from mhc_compile.passes.activations import Kept, _attention_workspace, kept_by_autograd, live_bytes
+from mhc_compile.passes.states import find_states
 
 WIDTH, INNER = 8, 24
 
@@ -54,13 +55,13 @@ def names(kept: list[Kept]) -> list[str]:
 
 
 def test_a_gated_feed_forward_keeps_gate_up_and_their_product() -> None:
-    kept = kept_by_autograd(graph_of(Gated()), [], is_parameter)
+    kept = kept_by_autograd(graph_of(Gated()), is_parameter)
     assert names(kept) == ["linear", "linear", "mul", "placeholder"]
     assert sum(value.bytes for value in kept) == 2 * 5 * (3 * INNER + WIDTH) * 4
 
 
 def test_attention_keeps_queries_keys_values_result_and_row_sums() -> None:
-    kept = kept_by_autograd(graph_of(Attention()), [], is_parameter)
+    kept = kept_by_autograd(graph_of(Attention()), is_parameter)
     sizes = {target_name(value.node): value.bytes for value in kept}
     assert sizes["linear"] == 2 * 5 * 3 * WIDTH * 4  # q, k and v are views of one value
     assert sizes["scaled_dot_product_attention"] == 2 * 5 * WIDTH * 4 + 2 * 5 * 2 * 4
@@ -71,21 +72,55 @@ def test_what_a_checkpoint_covers_is_not_kept() -> None:
     for node in graph.nodes:
         if node.op != "placeholder":
             node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
-    assert names(kept_by_autograd(graph, [], is_parameter)) == ["placeholder"]
+    assert names(kept_by_autograd(graph, is_parameter)) == ["placeholder"]
 
 
-def test_values_live_until_their_first_reader_has_run_backward() -> None:
-    graph = graph_of(nn.Sequential(Gated(), Gated()))
-    first = [node for node in graph.nodes if target_name(node) == "linear"][2]  # stands for the post of site 0
-    kept = kept_by_autograd(graph, [first], is_parameter)
-    live = live_bytes(graph, [first], is_parameter, kept, own=[0], states=[0])
-    at_first = sum(value.bytes for value in kept if value.position == 0)
-    assert 0 < at_first < sum(value.bytes for value in kept)
-    inputs = graph.find_nodes(op="placeholder")
-    fixed, weights = sum(map(bytes_of, inputs)), sum(bytes_of(node) for node in inputs if is_parameter(node))
-    widest = 2 * 2 * 5 * INNER * 4
-    assert live.head == fixed + sum(value.bytes for value in kept) + widest
-    assert live.sites[0] == fixed + at_first + weights + widest
+class Chain(nn.Module):
+    """Two sites of our ops around gated feed-forwards, gates that are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Gated(), Gated()])
+        self.register_buffer("gates", torch.full((2, 5, 4), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = torch.ops.mhc.expand.default(x, 4)
+        for layer in self.layers:
+            y = layer(torch.ops.mhc.pre.default(streams, self.gates))
+            streams = torch.ops.mhc.post.default(streams, y, self.gates, None, False)
+        return torch.ops.mhc.collapse.default(streams, "mean")
+
+
+def test_what_is_live_at_the_worst_moment_of_each_site() -> None:
+    """By hand: the feed-forward's gate, when five of its inner values are there at once."""
+    graph = graph_of(Chain())
+    (states,) = find_states(graph)
+    unit, inner = 2 * 5 * WIDTH * 4, 2 * 5 * INNER * 4  # bytes of [.., C] and of an inner value
+    weight, state = WIDTH * INNER * 4, 4 * unit
+    without = {pre for each in states for pre in each.pres} | {each.output for each in states}
+    kept = kept_by_autograd(graph, is_parameter, without)
+    assert sum(value.bytes for value in kept) == 2 * 3 * inner  # gate, up and product of each
+    live = live_bytes(graph, states, is_parameter, kept, [(7, unit)] * 2, "cpu", workspace=1000)
+    given = sum(bytes_of(node) for node in graph.find_nodes(op="placeholder"))
+    (output,) = graph.find_nodes(op="output")
+    fixed = 1000 + given + sum(bytes_of(node) for node in output.all_input_nodes)
+    assert live.head == fixed + sum(value.bytes for value in kept) + 2 * (7 + unit) + unit + state  # d(output), dX_2
+    # gate and up, and the gradients of gate, up and product; the gradient of the state behind; the weight's of down
+    fused = 5 * inner + state + weight
+    assert live.sites[0] == fixed + fused + 7 + 3 * weight
+    assert live.sites[1] == fixed + fused + 2 * 7 + 3 * inner + unit  # and what the site below has kept
+    # the gradients of the state behind and of the state itself, of the branch input; three weights each
+    assert live.borders[1] == fixed + 2 * state + unit + 2 * 7 + 3 * inner + unit + 3 * weight
+    assert live.borders[0] == 0 or live.borders[0] <= live.sites[0]
+
+
+def test_attention_has_a_workspace_of_its_own_on_a_gpu() -> None:
+    graph = graph_of(nn.Sequential(Attention()))
+    kept = kept_by_autograd(graph, is_parameter)
+    cpu, gpu = (live_bytes(graph, [], is_parameter, kept, [], kind) for kind in ("cpu", "cuda"))
+    assert cpu.head == gpu.head  # nothing runs there
+    (node,) = [node for node in graph.nodes if "scaled_dot_product" in target_name(node)]
+    assert _attention_workspace(node) == 2 * 5 * WIDTH * 4
 
 
 @pytest.mark.parametrize("module", [Gated, Attention])
@@ -110,7 +145,7 @@ def test_the_estimate_is_near_what_the_partitioner_keeps(module: type[nn.Module]
         return make_boxed_func(gm.forward)
 
     net = nn.Sequential(module(), module())
-    estimate = sum(value.bytes for value in kept_by_autograd(graph_of(net), [], is_parameter))
+    estimate = sum(value.bytes for value in kept_by_autograd(graph_of(net), is_parameter))
     torch._dynamo.reset()
     backend = aot_autograd(
         fw_compiler=see,

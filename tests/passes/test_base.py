@@ -34,5 +34,5 @@ def test_a_pass_is_timed_and_its_graph_checked() -> None:
 
 
 def test_the_order() -> None:
-    names = ["raise_chains", "respell", "find_sites", "check_fragment", "widen", "recompute", "fold_norms"]
+    names = ["raise_chains", "respell", "find_sites", "check_fragment", "widen", "fold_norms", "recompute"]
     assert [step.__name__ for step in ORDER] == names

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -219,3 +220,51 @@ def test_long_chains_take_little_time(count: int) -> None:
         assert plan is not None
         assert plan.peak <= equal_blocks(each).peak
     assert time.perf_counter() - start < 30
+
+
+# ------------------------------------------------------------------------------------------------ early inputs, borders
+@st.composite
+def chains_with_early_inputs(draw: st.DrawFn, most: int) -> Chain:
+    chain = draw(chains(most, inputs=True))
+    sites = [
+        dataclasses.replace(site, border=draw(st.integers(0, 6000)), early=index > 0 and draw(st.booleans()))
+        for index, site in enumerate(chain.sites)
+    ]
+    return Chain(tuple(sites), chain.head)
+
+
+@given(chains_with_early_inputs(5), st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.2]))
+@settings(max_examples=60, deadline=None)
+def test_early_inputs_and_borders(chain: Chain, share: float, tolerance: float) -> None:
+    """The least peak, the fastest plan near it, and the fastest within a limit: those of brute force."""
+    plans = brute_with_inputs(chain)
+    least = min(plan.peak for plan in plans)
+    plan = least_peak(chain, tolerance=tolerance)
+    assert plan is not None
+    assert least <= plan.peak <= least * (1 + tolerance)
+    near = [other.seconds for other in plans if other.peak <= least * (1 + tolerance)]
+    assert plan.seconds == pytest.approx(min(near))
+    limit = least + share * (max(plan.peak for plan in plans) - least)
+    quick = fastest(chain, limit)
+    assert quick is not None
+    assert quick.seconds == pytest.approx(min(plan.seconds for plan in plans if plan.peak <= limit))
+
+
+@given(chains(16, inputs=False), st.sampled_from([0.01, 0.05]))
+@settings(max_examples=40, deadline=None)
+def test_the_fastest_plan_near_the_least_peak(chain: Chain, tolerance: float) -> None:
+    peak, _, seconds = brute(chain)
+    plan = least_peak(chain, tolerance=tolerance)
+    assert plan is not None
+    assert plan.peak <= peak.min() * (1 + tolerance)
+    assert plan.seconds <= 1.01 * seconds[peak <= peak.min() * (1 + tolerance)].min()
+
+
+def test_early_inputs_are_there_from_the_start_of_their_block() -> None:
+    late = Chain(tuple(Site(100, 30, 0, 1.0, 1.0) for _ in range(4)))
+    early = Chain(tuple(dataclasses.replace(site, early=True) for site in late.sites))
+    assert evaluate(late, ()).peak == 4 * 100 + 30
+    assert evaluate(early, ()).peak == 4 * 100 + 3 * 30  # that of the first site, which is kept, comes by itself
+    assert evaluate(early, (), (1, 2, 3)).peak == evaluate(early, ()).peak
+    assert evaluate(early, (2,), (1,)).peak == 100 + 30 + 100 + 100 + 30  # the first block's is kept beside the second
+    assert evaluate(early, (), (1, 2, 3)).seconds == evaluate(early, ()).seconds - 3

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
@@ -16,7 +17,7 @@ from mhc_compile.convert import Conversion, convert
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import LowerPass
 from mhc_compile.passes import PassContext
-from mhc_compile.passes.recompute import PLAN_KEY, RecomputeResult, plan_key, recompute
+from mhc_compile.passes.recompute import PLAN_KEY, RecomputeResult, inductor_settings, plan_key, recompute
 from mhc_compile.report import CompileReport
 from tests.passes.models import WIDTH, Block, Stack, conversions, tokens
 
@@ -323,6 +324,13 @@ def test_plans_have_their_own_keys() -> None:
     assert keys[0] == keys[2] != keys[1]
     identities = {str(LowerPass(Options(), LoweringLog(), key).uuid()) for key in keys}
     assert len(identities) == 2
+
+
+def test_buffers_are_not_held_for_reuse_where_there_is_a_plan() -> None:
+    _, _, (off, on) = conversions(model(3), [tokens()], [{}, {"recompute": 2 * STATE}])
+    assert inductor_settings(off.gm, Options()) == {}
+    assert inductor_settings(on.gm, Options(recompute=2 * STATE)) == {"allow_buffer_reuse": False}
+    assert hasattr(torch._inductor.config, "allow_buffer_reuse")
 
 
 def test_running_it_again_changes_nothing() -> None:

@@ -1,0 +1,34 @@
+"""The predicted peak of a plan and the liveness of the lowered graphs, under the interpreter: test_interpreter.py."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from mhc_compile.passes.recompute import RecomputeResult
+from tests.lowering.liveness import Lowered, lowered_graphs, peak_of
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _norms_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU too, where the interpreter has a kernel for them."""
+    module = importlib.import_module("mhc_compile.passes.fold_norms")
+    monkeypatch.setattr(module, "_kernel_refusal", lambda named: "")
+
+
+def plan_of(lowered: Lowered) -> RecomputeResult:
+    return next(result for result in lowered.conversion.report.passes if isinstance(result, RecomputeResult))
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(4, "memory"), (4, 10**12), (4, 500_000_000), (12, "memory")])
+def test_the_predicted_peak_is_that_of_the_graphs(layers: int, wanted: str | int) -> None:
+    """Within 5 %, with the least peak, with everything kept, and with some of it."""
+    lowered = lowered_graphs(layers, recompute=wanted)
+    plan = plan_of(lowered)
+    assert (plan.changed > 0) == (wanted != 10**12)
+    assert plan.peak <= plan.peak_without
+    measured = max(peak_of(lowered.forward), peak_of(lowered.backward))
+    assert plan.peak == pytest.approx(measured, rel=0.05)
