@@ -1,27 +1,32 @@
 """Side streams: what pairs of kernels do to each other, and what a plan does to a training step.
 
-    python -m benchmarks.schedule                     # one GPU, about two minutes on an H200
+    python -m benchmarks.schedule                     # one GPU, at most 145 s
     python -m benchmarks.schedule --skip pairs        # with the pairs that are in the cache already
-    python -m benchmarks.schedule --two-gpus          # beside an all-reduce, on two
+    python -m benchmarks.schedule --inductor-graphs   # auto in inductor's own CUDA graphs, the small shape alone
+    python -m benchmarks.schedule --two-gpus          # beside an all-reduce, on two (schedule_two.py)
 
-On one GPU, in this order: (pairs) measure and keep the contention table; for each shape of the step (Qwen3 layers as in
-benchmarks.step, trunk, forward and backward) compile it with ``schedule`` off and with ``auto``; where auto says "one
-stream", a third plan is *forced*, all side calls moved, to show what it would cost. Then, for the plan that has moves:
-step times in turns (off, on, off, on ..) with plain launches and as a CUDA graph of the whole step; outputs and
-gradients of 100 runs against those of one stream, bit by bit, in two thirds of which the side or the main stream sleeps
-for a random time at every fork; a trace of the profiler with the predicted timeline beside it.
+On one GPU, in this order: (pairs) measure and keep the contention table; (sanitizer) PyTorch's CUDA sanitizer over a
+planned graph, in a process of its own; for each shape of the step (Qwen3 layers as in benchmarks.step, trunk, forward
+and backward) compile it with ``schedule="auto"``. Where that says one stream, the same step is compiled once more with
+a plan: *captured*, the plan of somebody who captures the step in a CUDA graph, where auto said that the host is the
+bottleneck; else *forced*, every side call moved, to show what that costs. Then, in turns with the step on one stream:
+times as a CUDA graph of the whole step and with plain launches; output and gradients of 100 runs, bit by bit, two
+thirds of them with the side or the main stream asleep for a random time at every fork; a trace of the profiler with the
+predicted timeline beside it.
 
-Everything runs on a stream of high priority. Attention's backward is set to be deterministic in all rows, or no two
-runs would be equal. Parts that do not fit into ``--seconds`` are left out and named.
+Everything runs on a stream of high priority and under deterministic algorithms, which takes attention from cuDNN to a
+kernel whose backward repeats itself. Bits are compared only where one stream gives the same ones each time. Parts that
+do not fit into ``--seconds`` are left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -37,16 +42,16 @@ from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, record
 from mhc_compile.backend import mhc, reports
-from mhc_compile.lowering.side import side_cases
+from mhc_compile.lowering.side import main_parts, side_cases
 from mhc_compile.scheduler import contention as contention_of
-from mhc_compile.scheduler.assign import Plan
-from mhc_compile.scheduler.contention import Case, Contention, Pair
+from mhc_compile.scheduler.assign import LEAST_GAIN, Plan
+from mhc_compile.scheduler.contention import Case, Contention, interval
 from mhc_compile.scheduler.emit import delayed
 from mhc_compile.scheduler.schedule import using
 from mhc_compile.scheduler.timeline import text, write_trace
 
-SHAPES = {"2x4096": (2, 4096), "1x1024": (1, 1024)}
-PARTS = ("pairs", "steps", "equal", "graphs", "trace")
+SHAPES = {"1x1024": (1, 1024), "2x4096": (2, 4096)}
+PARTS = ("pairs", "sanitizer", "graphs", "steps", "equal", "trace")
 WIDTH = 2560
 
 
@@ -70,7 +75,9 @@ class Clock:
 class Step:
     """A compiled model, its step, and what was planned for it."""
 
-    def __init__(self, layers: int, tokens: Tensor, options: dict[str, Any], forced: Contention | None = None) -> None:
+    def __init__(
+        self, layers: int, tokens: Tensor, options: dict[str, Any], forced: tuple[Contention, float] | None = None
+    ) -> None:
         from transformers import Qwen3Config, Qwen3Model
 
         config = Qwen3Config(
@@ -78,14 +85,16 @@ class Step:
             num_hidden_layers=layers, vocab_size=1024, use_cache=False,
         )  # fmt: skip
         torch.manual_seed(0)
-        self.model: nn.Module = Qwen3Model(config).to(device="cuda", dtype=torch.bfloat16).train()
+        with torch.device("cuda"):
+            self.model: nn.Module = Qwen3Model(config).to(dtype=torch.bfloat16).train()
         self.tokens = tokens
-        self.call: Any = torch.compile(self.model, backend=mhc, options=options)
+        self.graphs = "inductor" in options
+        self.call: Any = torch.compile(self.model, backend=mhc, options={"autotune": False, **options})
         start = time.perf_counter()
         if forced is None:
             self()
         else:
-            with using(forced, least_gain=0.0):
+            with using(*forced):
                 self()
         torch.cuda.synchronize()
         self.compile_s = time.perf_counter() - start
@@ -100,7 +109,9 @@ class Step:
     def __call__(self) -> Tensor:
         """One forward and backward; the output. Gradients are made anew each time."""
         self.model.zero_grad(set_to_none=True)
-        # A mask of None a layer kind is the causal flash path.
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        # A mask of None a layer kind is the causal path without a mask.
         out = self.call(input_ids=self.tokens, attention_mask={"full_attention": None}, use_cache=False)
         hidden: Tensor = out.last_hidden_state
         hidden.float().square().mean().backward()
@@ -134,26 +145,32 @@ class Step:
         }
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Any]:
-    """Calls in turns; median milliseconds of each, and of the ratio of the second to the first, round by round."""
+def timed(
+    calls: dict[str, Callable[[], object]], seconds: float = 2.0, warmup: int = 3, rounds: int | None = None
+) -> dict[str, Any]:
+    """Calls in turns for about so long, or for so many rounds; median milliseconds of each, and the median of the ratio
+    of the second to the first, round by round, with its interval of 95 %."""
     for call in calls.values():
         for _ in range(warmup):
             call()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
+    start = time.perf_counter()
+    for number in itertools.count():
+        enough = number >= 15 and time.perf_counter() - start > seconds if rounds is None else number == rounds
+        if enough:
+            break
         for name in calls if number % 2 else reversed(calls):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
             calls[name]()
             end.record()
             end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(begin.elapsed_time(end))
     first, second = (times[name] for name in calls)
-    ratios = sorted(b / a for a, b in zip(first, second, strict=True))
-    found: dict[str, Any] = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    quarter = len(ratios) // 4
-    return found | {"ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]]}
+    ratio, low, high = interval([b / a for a, b in zip(first, second, strict=True)])
+    found: dict[str, Any] = {f"{name}_ms": interval(values)[0] for name, values in times.items()}
+    return found | {"ratio": ratio, "ratio_interval": [low, high], "rounds": len(first)}
 
 
 def graphed(step: Step) -> torch.cuda.CUDAGraph:
@@ -161,107 +178,200 @@ def graphed(step: Step) -> torch.cuda.CUDAGraph:
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     step.model.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
+    graph.instantiate()
     return graph
 
 
-def same_bits(reference: list[Tensor], step: Step, runs: int) -> dict[str, Any]:
-    """How many runs give the reference bit for bit; two of three with one stream asleep at every fork."""
-    draw, equal, first = random.Random(0), 0, None
+def priorities(graph: torch.cuda.CUDAGraph) -> dict[str, Any]:
+    """How many kernels of a captured graph have which priority, by CUDA's own account."""
+    try:
+        from cuda.bindings import runtime
+
+        def done(result: tuple[Any, ...]) -> Any:
+            if int(result[0]) != 0:
+                raise RuntimeError(str(result[0]))
+            return result[1]
+
+        handle = runtime.cudaGraph_t(graph.raw_cuda_graph())
+        count = runtime.cudaGraphGetNodes(handle)[-1]
+        kernel, found = runtime.cudaGraphNodeType.cudaGraphNodeTypeKernel, dict[str, int]()
+        attribute = runtime.cudaLaunchAttributeID.cudaLaunchAttributePriority
+        for node in done(runtime.cudaGraphGetNodes(handle, count)):
+            if done(runtime.cudaGraphNodeGetType(node)) == kernel:
+                value = str(done(runtime.cudaGraphKernelNodeGetAttribute(node, attribute)).priority)
+                found[value] = found.get(value, 0) + 1
+        return {"kernels_by_priority": found}
+    except Exception as error:  # a question to the driver, not a part of the measurement
+        return {"status": f"not read: {type(error).__name__}: {str(error)[:200]}"}
+
+
+def equal(got: list[Tensor], want: list[Tensor]) -> bool:
+    """The same tensors bit for bit."""
+    return len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def same_bits(off: Step, on: Step, runs: int) -> dict[str, Any]:
+    """How many runs of `on` give the bits of `off`; two of three with one stream asleep at every fork. Nothing is
+    said where `off` itself does not repeat."""
+    reference = [one.clone() for one in off.results()]
+    alone = sum(equal(off.results(), reference) for _ in range(runs // 4))
+    if alone < runs // 4:
+        return {
+            "status": f"not measurable: {runs // 4 - alone} of {runs // 4} runs on one stream differ from the first"
+        }
+    draw, fine, first = random.Random(0), 0, None
     for run in range(runs):
         cycles = draw.randrange(1_000, 400_000)
         with delayed(side=cycles if run % 3 == 1 else 0, main=cycles if run % 3 == 2 else 0):
-            got = step.results()
-        fine = len(got) == len(reference) and all(torch.equal(a, b) for a, b in zip(got, reference, strict=True))
-        equal += fine
-        first = run if not fine and first is None else first
-    return {"runs": runs, "equal": equal, "first_different": first}
+            same = equal(on.results(), reference)
+        fine += same
+        first = run if not same and first is None else first
+    return {"one_stream_repeats": f"{alone} of {alone}", "runs": runs, "equal": fine, "first_different": first}
 
 
 def optimistic(found: Contention) -> Contention:
     """The table as if every side call were free: moves whatever can move."""
-    return replace(found, pairs=tuple(replace(pair, hidden=1.0, stretch=1.0) for pair in found.pairs))
+    free = [replace(pair, hidden=1.0, low=1.0, high=1.0, stretch=1.0) for pair in found.pairs]
+    return replace(found, pairs=tuple(free))
+
+
+def steps(
+    name: str, arguments: argparse.Namespace, found: Contention, clock: Clock, result: dict[str, Any]
+) -> tuple[Step, Step, str] | None:
+    """(the step on one stream, the one with a plan, what kind of plan); what was predicted goes into `result`."""
+    batch, length = SHAPES[name]
+    tokens = torch.randint(0, 1024, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    extra: dict[str, Any] = {"inductor": {"triton.cudagraphs": True}} if arguments.inductor_graphs else {}
+    auto = Step(arguments.layers, tokens, {"schedule": "auto", **extra})
+    result["auto"] = auto.facts()
+    if auto.moves:
+        return Step(arguments.layers, tokens, extra), auto, "auto"
+    print(f"{name}: auto is one stream: {auto.report.schedule.lines()}", flush=True)
+    plans = {"captured": (found, LEAST_GAIN), "forced": (optimistic(found), 0.0)}
+    if not any("the host" in line for line in auto.report.schedule.lines()):
+        plans.pop("captured")
+    for kind, forced in plans.items():
+        if not clock.fits(f"{name}: {kind} plan", auto.compile_s + 3):
+            return None
+        on = Step(arguments.layers, tokens, {"schedule": "auto", **extra}, forced)
+        result[kind] = on.facts()
+        if on.moves:
+            return auto, on, kind
+    return None
 
 
 def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Clock, folder: Path) -> dict[str, Any]:
-    """One shape of the step: off, auto, forced."""
+    """One shape of the step: on one stream, and with a plan."""
     torch._dynamo.reset()  # not between the steps of a shape, which are all kept
-    batch, length = SHAPES[name]
-    tokens = torch.randint(0, 1024, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-    off = Step(arguments.layers, tokens, {})
-    reference = [one.clone() for one in off.results()]
-    again = off.results()
-    result: dict[str, Any] = {
-        "off": {"compile_s": round(off.compile_s, 1)},
-        "one_stream_repeats": all(torch.equal(a, b) for a, b in zip(reference, again, strict=True)),
-    }
-    on = Step(arguments.layers, tokens, {"schedule": "auto"})
-    result["auto"] = on.facts()
-    kind = "auto"
-    if not on.moves:
-        print(f"{name}: auto is one stream: {on.report.schedule.lines()}", flush=True)
-        del on
-        gc.collect()
-        if not clock.fits(f"{name}: forced plan", 20):
-            return result
-        on, kind = Step(arguments.layers, tokens, {"schedule": "auto"}, optimistic(found)), "forced"
-        result["forced"] = on.facts()
-    print("\n".join([f"{name}: {kind} plan", *(text(plan) for plan in on.plans)]), flush=True)
+    result: dict[str, Any] = {}
+    both = steps(name, arguments, found, clock, result)
+    if both is None:
+        return result
+    off, on, kind = both
     own = result[kind]
-    if "steps" in arguments.only and clock.fits(f"{name}: steps", 4):
-        own["step"] = timed({"off": off, kind: on}, arguments.rounds)
-        print(f"{name}: {own['step']}", flush=True)
-    if "equal" in arguments.only and clock.fits(f"{name}: equal", 10):
-        own["equal"] = same_bits(reference, on, arguments.runs)
-        print(f"{name}: {own['equal']}", flush=True)
-    if "trace" in arguments.only and clock.fits(f"{name}: trace", 4):
-        own["trace"] = str(trace(on, folder / f"schedule-trace-{name}.json").name)
-    if "graphs" in arguments.only and clock.fits(f"{name}: graphs", 6):
+    print("\n".join([f"{name}: {kind} plan", *(text(plan) for plan in on.plans)]), flush=True)
+    parts: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
+        "graphs": (5, lambda: in_graphs(off, on, kind)),
+        "steps": (4, lambda: timed({"off": off, kind: on})),
+        "equal": (6, lambda: same_bits(off, on, arguments.runs)),
+        "trace": (4, lambda: trace_of(on, on.plans, folder / f"schedule-trace-{name}.json")),
+    }
+    for part, (seconds, measure) in parts.items():
+        left_out = part not in arguments.only or (part == "graphs" and arguments.inductor_graphs)
+        if left_out or not clock.fits(f"{name}: {part}", seconds):
+            continue
         try:
-            own["graphs"] = in_graphs(off, on, kind, reference, arguments.rounds)
-        except RuntimeError as error:  # a capture that fails is a row of the table
-            own["graphs"] = {"status": f"failed: {str(error)[:400]}"}
-        print(f"{name}: {own['graphs']}", flush=True)
+            own[part] = measure()
+        except RuntimeError as error:  # a part that fails is a row of the table
+            own[part] = {"status": f"failed: {str(error)[:400]}"}
+        print(f"{name}: {part}: {own[part]}", flush=True)
     return result
 
 
-def in_graphs(off: Step, on: Step, kind: str, reference: list[Tensor], rounds: int) -> dict[str, Any]:
-    """Both steps captured and replayed in turns; the gradients of the second one's last replay."""
+def in_graphs(off: Step, on: Step, kind: str) -> dict[str, Any]:
+    """Both steps captured and replayed in turns; the gradients of their replays."""
     graphs = {"off": graphed(off), kind: graphed(on)}
-    found = timed({name: graph.replay for name, graph in graphs.items()}, rounds)
-    equal, grads = 0, [one.grad for one in on.model.parameters() if one.grad is not None]
-    for _ in range(20):
-        for one in grads:
-            one.zero_()
-        graphs[kind].replay()
-        torch.cuda.synchronize()
-        equal += all(torch.equal(a, b) for a, b in zip(grads, reference[1:], strict=True))
-    return found | {"replays": 20, "equal": equal}
+    found = timed({name: graph.replay for name, graph in graphs.items()})
+    grads = {
+        name: [one.grad for one in step.model.parameters() if one.grad is not None]
+        for name, step in (("off", off), (kind, on))
+    }
+    reference = [one.clone() for one in grads["off"]]
+    counts = dict.fromkeys(graphs, 0)
+    for name, graph in graphs.items():
+        for _ in range(20):
+            for one in grads[name]:
+                one.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            counts[name] += equal(grads[name], reference)
+    found |= {"replays": 20, "priorities": priorities(graphs[kind])}
+    if counts["off"] < 20:
+        return found | {"equal": f"not measurable: one stream gives {counts['off']} of 20 equal"}
+    return found | {"equal": counts[kind]}
 
 
-def trace(step: Step, path: Path) -> Path:
-    """One step under the profiler, the predicted timelines beside it."""
+def trace_of(step: Callable[[], object], plans: list[Plan], path: Path) -> dict[str, Any]:
+    """One step under the profiler, the predicted timelines beside it; what ran beside the main stream."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as run:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as run:
         step()
         torch.cuda.synchronize()
     measured = path.with_suffix(".measured.json")
     measured.parent.mkdir(parents=True, exist_ok=True)
     run.export_chrome_trace(str(measured))
-    written = write_trace(path, {plan.name: plan for plan in step.plans}, measured)
+    facts = overlap(json.loads(measured.read_text(encoding="utf-8"))["traceEvents"])
+    written = write_trace(path, {plan.name: plan for plan in plans}, measured)
     measured.unlink()
-    return written
+    return {"file": written.name, **facts}
+
+
+def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the kernels that a trace has on other streams than the busiest: how long, and how much of it beside that one.
+    Microseconds."""
+    kernels: dict[int, list[tuple[float, float]]] = {}
+    for event in events:
+        if event.get("cat") == "kernel":
+            kernels.setdefault(event["args"]["stream"], []).append((event["ts"], event["ts"] + event["dur"]))
+    if not kernels:
+        return {}
+    main = max(kernels, key=lambda stream: sum(end - start for start, end in kernels[stream]))
+    others = [one for stream, row in kernels.items() if stream != main for one in row]
+    beside = sum(max(0.0, min(end, b) - max(start, a)) for start, end in others for a, b in kernels[main])
+    spans = sum(end - start for start, end in others)
+    return {"side_kernels": len(others), "side_us": round(spans, 1), "beside_main_us": round(beside, 1)}
+
+
+def sanitizer() -> dict[str, Any]:
+    """`benchmarks.schedule_sanitizer` in a process of its own; its answer, or how it failed."""
+    command = [sys.executable, "-m", "benchmarks.schedule_sanitizer"]
+    environment = os.environ | {"TORCH_CUDA_SANITIZER": "1"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed: more than 60 s"}
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"status": f"failed: exit {done.returncode}: {done.stderr[-600:]}"}
+    return answer
 
 
 def cases(tokens: int, width: int) -> list[Case]:
     """Our kernels as side tasks."""
     return [Case(*case) for case in side_cases(tokens, width)]
+
+
+def others(tokens: int, width: int) -> list[Case]:
+    """What the main stream has to do in addition."""
+    return [Case(*case) for case in main_parts(tokens, width)]
 
 
 def one_gpu(arguments: argparse.Namespace) -> None:
@@ -271,11 +381,14 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     kept = contention_of.load(torch.cuda.get_device_name())
     if "pairs" in arguments.only or kept is None:
         start = time.perf_counter()
-        kept = contention_of.calibrate(cases, sizes=[(batch * length, WIDTH) for batch, length in SHAPES.values()])
+        kept = contention_of.calibrate(cases, others, [(b * length, WIDTH) for b, length in SHAPES.values()])
         results["pairs_s"] = round(time.perf_counter() - start, 1)
-    results["pairs"] = [asdict(pair) for pair in kept.pairs]
-    print(contention_of.table(kept), flush=True)
+    results |= {"pairs": [asdict(pair) for pair in kept.pairs], "alone": [asdict(one) for one in kept.alone]}
+    print(contention_of.table(kept), f"{results.get('pairs_s', 0)} s", sep="\n", flush=True)
     torch.cuda.empty_cache()
+    if "sanitizer" in arguments.only:
+        results["sanitizer"] = sanitizer()
+        print(f"sanitizer: {results['sanitizer']}", flush=True)
     with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
         for name in arguments.shapes:
             if not clock.fits(name, 25):
@@ -289,170 +402,45 @@ def one_gpu(arguments: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
     results["left_out"] = clock.skipped
     results["seconds"] = round(time.perf_counter() - clock.start, 1)
-    record("schedule", results, arguments.out, layers=arguments.layers, runs=arguments.runs)
+    name = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
+    record(name, results, arguments.out, layers=arguments.layers, runs=arguments.runs)
 
 
-# ------------------------------------------------------------------------------------------------ two GPUs
-def beside_communication(tokens: int, payload: Tensor, repeat: int) -> list[Pair]:
-    """Our kernels while an all-reduce of `payload` is on the wire, against one behind the other; by events."""
-    import torch.distributed as dist
-
-    main, found = torch.cuda.current_stream(), []
-
-    def reduce(beside: Callable[[], object] | None) -> None:
-        work = dist.all_reduce(payload, async_op=True)
-        assert work is not None  # async_op
-        if beside is not None:
-            beside()
-        work.wait()
-
-    def seconds(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(repeat + 2):
-            dist.barrier()
-            torch.cuda.synchronize()
-            torch.cuda._sleep(2_000_000)  # the host is ahead of both streams
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(main)
-            call()
-            end.record(main)
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times[2:])
-
-    only = seconds(lambda: reduce(None))
-    for case in cases(tokens, WIDTH):
-        alone = seconds(lambda case=case: [case.call() for _ in range(8)]) / 8
-        many = max(1, int(0.5 * only / alone))
-
-        def row(case: Case = case, many: int = many) -> None:
-            for _ in range(many):
-                case.call()
-
-        serial, both = only + alone * many, seconds(lambda row=row: reduce(row))
-        hidden = (serial - both) / (alone * many)
-        for priority in (False, True):
-            found.append(Pair("communication", case.kind, case.bytes, priority, only, alone, hidden, hidden, hidden, 1.0))
-    return found
-
-
-def parallel_layer(tokens: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Four hyper-connected feed-forward sites whose second matmul is split over the ranks: an all-reduce in each."""
-    import torch.distributed as dist
-    from torch.distributed._functional_collectives import all_reduce
-
-    from mhc_compile.ops import CoefficientSpec
-
-    spec, group, torch_ops = CoefficientSpec(), dist.group.WORLD, torch.ops.mhc
-    attributes = spec.op_arguments()  # Dynamo of torch 2.11 cannot trace the making of it
-
-    def function(x: Tensor, up: Tensor, down: Tensor, phi: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
-        state = torch_ops.expand(x, 4)
-        for _ in range(4):
-            pre, post, res, _ = torch_ops.coefficients(state, phi, bias, alpha, alpha, alpha, **attributes)
-            u = torch_ops.pre(state, pre)
-            y = all_reduce(nn.functional.silu(u @ up) @ down, "sum", group)
-            state = torch_ops.post(state, y, post, res, False)
-        return torch_ops.collapse(state, "mean")
-
-    make = torch.Generator(device="cuda").manual_seed(dist.get_rank())
-
-    def random_of(*sizes: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return (torch.randn(*sizes, device="cuda", generator=make) * scale).to(dtype)
-
-    inputs = [
-        random_of(1, tokens, WIDTH), random_of(WIDTH, 4864, scale=0.02), random_of(4864, WIDTH, scale=0.02),
-        random_of(spec.rows, 4 * WIDTH, scale=0.02, dtype=torch.float32), torch.zeros(spec.rows, device="cuda"),
-        torch.tensor(0.1, device="cuda"),
-    ]  # fmt: skip
-    for tensor in (inputs[0], *inputs[3:]):
-        dist.broadcast(tensor, 0)
-    return function, inputs
-
-
-def compiled_layer(function: Callable[..., Tensor], table: Contention | None) -> tuple[Callable[..., Tensor], Any]:
-    """Through inductor with our passes; planned with `table`, or on one stream."""
-    from mhc_compile.config import Options
-    from mhc_compile.lowering.base import LoweringLog
-    from mhc_compile.lowering.inductor import config_patches
-    from mhc_compile.lowering.side import split_coefficients
-    from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
-
-    torch._dynamo.reset()
-    log, patches = ScheduleLog(), config_patches(Options(), LoweringLog())
-    if table is not None:
-        with using(table, least_gain=0.0):
-            patches = schedule_patches(patches, log, split_coefficients, "benchmark")
-    options: Any = patches
-    call: Callable[..., Tensor] = torch.compile(function, fullgraph=True, options=options)
-    return call, log
-
-
-def worker(arguments: argparse.Namespace) -> None:
-    """One of two ranks."""
-    import torch.distributed as dist
-
-    rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    results: dict[str, Any] = {}
-    payload = torch.randn(100 * 2**20, device="cuda").to(torch.bfloat16)  # gradients of a layer of the Qwen3 shape
-    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream(priority=-1)):
-        pairs = [one for size in (1024, 8192) for one in beside_communication(size, payload, 7)]
-        results["pairs"] = [asdict(pair) for pair in pairs]
-        kept = contention_of.load(torch.cuda.get_device_name()) or Contention(torch.cuda.get_device_name())
-        table = replace(kept, pairs=(*kept.pairs, *pairs))
-        for size in (1024, 8192):
-            function, inputs = parallel_layer(size)
-            off, _ = compiled_layer(function, None)
-            reference = off(*inputs).clone()
-            on, log = compiled_layer(function, table)
-            equal = sum(torch.equal(on(*inputs), reference) for _ in range(100))
-            times = timed(
-                {"off": lambda off=off, inputs=inputs: off(*inputs), "on": lambda on=on, inputs=inputs: on(*inputs)}, 21
-            )
-            results[f"parallel layers, {size} tokens"] = times | {
-                "plan": log.lines(), "moves": sum(len(plan.moves) for plan in log.plans), "equal": equal, "runs": 100
-            }  # fmt: skip
-    dist.barrier()
-    if rank == 0:
-        print(contention_of.table(Contention("two GPUs", tuple(pairs))))
-        for name, row in results.items():
-            if name != "pairs":
-                print(f"{name}: {row}")
-        record("schedule-two-gpus", results, arguments.out)
-    dist.destroy_process_group()
+def prepare(deterministic: bool = True) -> None:
+    """Settings of a process that compares bits and reads plans; before anything touches the device. Inductor puts no
+    deterministic accumulation, which an embedding's backward is, into its own CUDA graphs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through its module
+    # A plan is reported when it is made: an artefact from the cache has none to tell.
+    torch._inductor.config.fx_graph_cache = False
+    torch._functorch.config.enable_autograd_cache = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--two-gpus", action="store_true")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--inductor-graphs", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--skip", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--runs", type=int, default=100, help="runs that are compared bit by bit")
-    parser.add_argument("--rounds", type=int, default=31, help="pairs of timed steps")
     parser.add_argument("--seconds", type=float, default=145.0, help="parts that do not fit are left out")
     parser.add_argument("--out", default="", help="the JSON; the trace goes beside it")
     arguments = parser.parse_args()
     arguments.only = [part for part in PARTS if part not in arguments.skip]
     if arguments.two_gpus:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-        command += ["benchmarks.schedule", "--worker", *(["--out", arguments.out] if arguments.out else [])]
+        command += ["benchmarks.schedule_two", *(["--out", arguments.out] if arguments.out else [])]
         raise SystemExit(subprocess.run(command, check=False).returncode)
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device: nothing here is decided by a CPU's clock")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through its module
-    # A plan is reported when it is made: an artefact from the cache has none to tell.
-    torch._inductor.config.fx_graph_cache = False
-    torch._functorch.config.enable_autograd_cache = False
-    if arguments.worker:
-        worker(arguments)
-    else:
-        one_gpu(arguments)
+    if arguments.inductor_graphs:
+        arguments.shapes = ["1x1024"]
+        arguments.only = [part for part in arguments.only if part != "sanitizer"]
+    prepare(deterministic=not arguments.inductor_graphs)
+    one_gpu(arguments)
 
 
 if __name__ == "__main__":

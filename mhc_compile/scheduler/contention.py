@@ -15,7 +15,6 @@ Nothing is assumed about a pair that was not measured, and nothing about a devic
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -268,7 +267,7 @@ def _captured(work: Callable[[], None], stream: Any) -> Any:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads may ask the device: NCCL's does
         try:
             work()
         finally:
@@ -290,10 +289,14 @@ def _in_turns(graphs: Sequence[Any], rounds: int) -> list[list[float]]:
     return [[start.elapsed_time(end) / 1e3 for start, end in events] for events in spans[1:]]
 
 
+def compared(works: Sequence[Callable[[], None]], stream: Any, rounds: int = ROUNDS) -> list[list[float]]:
+    """Seconds of each piece of work, round by round, each a CUDA graph. `stream` is the current one."""
+    return _in_turns([_captured(work, stream) for work in works], rounds)
+
+
 def time_alone(case: Case, stream: Any, rounds: int = ROUNDS) -> float:
     """Median seconds of a call behind another of its kind. `stream` is the current one."""
-    graph = _captured(functools.partial(_row, UNITS, case.call), stream)
-    return statistics.median(one for (one,) in _in_turns([graph], rounds)) / UNITS
+    return statistics.median(one for (one,) in compared([lambda: _row(UNITS, case.call)], stream, rounds)) / UNITS
 
 
 def _pair(
@@ -314,8 +317,7 @@ def _pair(
             side_case.call()
             _row(beside, main_case.call)
 
-    graphs = [_captured(work, main) for work in (lambda: _row(UNITS * beside, main_case.call), in_a_row, together)]
-    turns = _in_turns(graphs, rounds)
+    turns = compared([lambda: _row(UNITS * beside, main_case.call), in_a_row, together], main, rounds)
     cost = max(statistics.median(serial - only for only, serial, _ in turns) / UNITS, 0.2 * alone)
     hidden, low, high = (value / UNITS / cost for value in interval([serial - both for _, serial, both in turns]))
     latency = _latency(main_case, side_case, beside, main, side)
