@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 
 
-def median_us(function: Callable[[], object], repeat: int = 30, warmup: int = 5, flush: bool = True) -> float:
+def median_us(
+    function: Callable[[], object], repeat: int = 30, warmup: int = 5, flush: bool = True, ahead: int = 2_000_000
+) -> float:
     """Median microseconds of `function` on the device. With `flush` it is met as between the layers of a model: the L2
-    is emptied before each run, and the host is a millisecond ahead of the device."""
+    is emptied before each run, and the host is `ahead` cycles (a millisecond) ahead of the device."""
     scratch = torch.empty(256 * 2**20 // 4, dtype=torch.int32, device="cuda") if flush else None
     for _ in range(warmup):
         function()
@@ -20,7 +22,7 @@ def median_us(function: Callable[[], object], repeat: int = 30, warmup: int = 5,
     for start, end in zip(starts, ends, strict=True):
         if scratch is not None:
             scratch.zero_()
-            torch.cuda._sleep(2_000_000)  # cycles
+            torch.cuda._sleep(ahead)
         start.record()
         function()
         end.record()

@@ -38,16 +38,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, results: dict[str, Any], out: str | pathlib.Path = "", **facts: Any) -> pathlib.Path:
+def record(
+    name: str, results: dict[str, Any], out: str | pathlib.Path = "", *, quiet: bool = False, **facts: Any
+) -> pathlib.Path:
     """Write ``results`` to ``out`` or to benchmarks/results/<name>-<gpu or cpu>.json and return the path.
 
-    A result lies in the file under ``results``, ``facts`` (sizes, what is measured) and ``machine`` beside it.
+    A result lies in the file under ``results``, ``facts`` (sizes, what is measured) and ``machine`` beside it. The file
+    is whole at any time: a run that writes after every row and is cut off keeps what it wrote last.
     """
     where = "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name().split()[-1].lower()
     path = pathlib.Path(out) if out else RESULTS / f"{name}-{where}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, **facts, "machine": machine(), "results": results}, indent=1) + "\n")
-    print(f"written: {path}")
+    text = json.dumps({"benchmark": name, **facts, "machine": machine(), "results": results}, indent=1) + "\n"
+    whole = path.with_suffix(".part")
+    whole.write_text(text)
+    whole.replace(path)
+    if not quiet:
+        print(f"written: {path}")
     return path
 
 
