@@ -8,11 +8,11 @@
 On one GPU, in this order: (pairs) measure and keep the contention table; (sanitizer) PyTorch's CUDA sanitizer over a
 planned graph, in a process of its own; for each shape of the step (Qwen3 layers as in benchmarks.step, trunk, forward
 and backward) compile it with ``schedule="auto"``. Where that says one stream, the same step is compiled once more with
-a plan: *captured*, the plan of somebody who captures the step in a CUDA graph, where auto said that the host is the
-bottleneck; else *forced*, every side call moved, to show what that costs. Then, in turns with the step on one stream:
-times as a CUDA graph of the whole step and with plain launches; output and gradients of 100 runs, bit by bit, two
-thirds of them with the side or the main stream asleep for a random time at every fork; a trace of the profiler with the
-predicted timeline beside it.
+a plan: ``schedule="captured"``, for somebody who captures the step in a CUDA graph, where auto said that the host is
+the bottleneck; else *forced*, every side call moved, to show what that costs. Then, in turns with one stream: times as
+a CUDA graph of the whole step and with plain launches; output and gradients of 100 runs, bit by bit, two thirds of them
+with the side or the main stream asleep for a random time at every fork; a trace of the profiler with the predicted
+timeline beside it.
 
 Everything runs on a stream of high priority and under deterministic algorithms, which takes attention from cuDNN to a
 kernel whose backward repeats itself. Bits are compared only where one stream gives the same ones each time. Parts that
@@ -44,7 +44,7 @@ from benchmarks.record import RESULTS, record
 from mhc_compile.backend import mhc, reports
 from mhc_compile.lowering.side import main_parts, side_cases
 from mhc_compile.scheduler import contention as contention_of
-from mhc_compile.scheduler.assign import LEAST_GAIN, Plan
+from mhc_compile.scheduler.assign import Plan
 from mhc_compile.scheduler.contention import Case, Contention, interval
 from mhc_compile.scheduler.emit import delayed
 from mhc_compile.scheduler.schedule import using
@@ -75,9 +75,7 @@ class Clock:
 class Step:
     """A compiled model, its step, and what was planned for it."""
 
-    def __init__(
-        self, layers: int, tokens: Tensor, options: dict[str, Any], forced: tuple[Contention, float] | None = None
-    ) -> None:
+    def __init__(self, layers: int, tokens: Tensor, options: dict[str, Any], forced: Contention | None = None) -> None:
         from transformers import Qwen3Config, Qwen3Model
 
         config = Qwen3Config(
@@ -94,7 +92,7 @@ class Step:
         if forced is None:
             self()
         else:
-            with using(*forced):
+            with using(forced, least_gain=0.0):
                 self()
         torch.cuda.synchronize()
         self.compile_s = time.perf_counter() - start
@@ -251,13 +249,12 @@ def steps(
     if auto.moves:
         return Step(arguments.layers, tokens, extra), auto, "auto"
     print(f"{name}: auto is one stream: {auto.report.schedule.lines()}", flush=True)
-    plans = {"captured": (found, LEAST_GAIN), "forced": (optimistic(found), 0.0)}
-    if not any("the host" in line for line in auto.report.schedule.lines()):
-        plans.pop("captured")
-    for kind, forced in plans.items():
+    kinds = ["captured", "forced"] if "the host" in " ".join(auto.report.schedule.lines()) else ["forced"]
+    for kind in kinds:
         if not clock.fits(f"{name}: {kind} plan", auto.compile_s + 3):
             return None
-        on = Step(arguments.layers, tokens, {"schedule": "auto", **extra}, forced)
+        options, table = ("captured", None) if kind == "captured" else ("auto", optimistic(found))
+        on = Step(arguments.layers, tokens, {"schedule": options, **extra}, table)
         result[kind] = on.facts()
         if on.moves:
             return auto, on, kind

@@ -140,8 +140,9 @@ def _compile(
     patches = config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))
     settings = {**inductor_settings(gm, options), **resolved.inductor, **patches}
     register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
-    if options.schedule == "auto" and schedule is not None:
-        settings = schedule_patches(settings, schedule, split_coefficients, source_hash())
+    if options.schedule != "off" and schedule is not None:
+        captured = options.schedule == "captured"
+        settings = schedule_patches(settings, schedule, split_coefficients, source_hash(), captured)
     return compat.inductor_compile(gm, inputs, settings)
 
 

@@ -231,9 +231,10 @@ class Options:
     )
     schedule: str = _option(
         "off",
-        Choice(("off", "auto")),
+        Choice(("off", "auto", "captured")),
         "`auto`: side work of the hyper-connections on a second stream of the GPU, where what was measured of the "
-        "device (`python -m mhc_compile calibrate`) promises a gain; without a measurement one stream.",
+        "device (`python -m mhc_compile calibrate`) promises a gain; without a measurement one stream. `captured`: the "
+        "same for a step that you capture in a CUDA graph yourself, where launches cost the host nothing.",
     )
     lowering: str = _option(
         "auto",
@@ -285,8 +286,9 @@ def _contradiction(options: Options) -> tuple[str, str] | None:
         if options.lowering in ("triton", "mlir"):
             what = f"lowering={options.lowering!r} contradicts compiler={options.compiler!r}"
             return what, "leave one of the two out"
-        if options.schedule == "auto":
-            return f"schedule='auto' needs compiler='inductor', not {options.compiler!r}", "leave one of the two out"
+        if options.schedule != "off":
+            what = f"schedule={options.schedule!r} needs compiler='inductor', not {options.compiler!r}"
+            return what, "leave one of the two out"
     both = sorted(set(options.include) & set(options.exclude))
     if both:
         return f"{both[0]!r} is both in include and in exclude", "take it out of one of them"

@@ -89,6 +89,7 @@ def test_refused_with_the_nearest_name_and_the_legal_values(options: dict[Any, A
         {"recompute": 5, "memory_budget": 1},
         {"compiler": "eager", "lowering": "triton"},
         {"compiler": "aot_eager", "schedule": "auto"},
+        {"compiler": "aot_eager", "schedule": "captured"},
         {"include": ["a"], "exclude": ["b", "a"]},
         {"compiler": "eager", "inductor": {"max_autotune": True}},
         {"compiler": "eager", "mode": "max-autotune"},

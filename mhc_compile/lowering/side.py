@@ -131,7 +131,8 @@ Case = tuple[str, Callable[[], object], int]
 
 
 def side_cases(tokens: int, width: int, n: int = 4) -> list[Case]:
-    """What may run on the side stream: our kernels, bfloat16, on CUDA.
+    """What may run on the side stream: our kernels, bfloat16, on CUDA. Not `project` and `post_dots`, reductions whose
+    bits depend on a setting that is chosen where their launch is compiled.
 
     Bytes are what ``cost.work`` says of the call in a graph: tensor arguments and results.
     """
@@ -158,7 +159,7 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
     def bf16(*shape: int) -> torch.Tensor:
         return fp32(*shape).to(torch.bfloat16)
 
-    x, y, g = bf16(tokens, n, width), bf16(tokens, width), bf16(tokens, n, width)
+    x, y = bf16(tokens, n, width), bf16(tokens, width)
     q, h, p = fp32(tokens, n), fp32(tokens, n, n), fp32(tokens, n)
     phi, bias, alphas = fp32(spec.rows, n * width) * 0.02, fp32(spec.rows), [fp32(1) for _ in range(3)]
     hi, lo = coefficients.halves(phi, torch.bfloat16)
@@ -193,14 +194,8 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
             size(sums, outs[3], bias, *alphas, *back),
         ),
         ("aten.mm.dtype", gradient, size(dm, rows) + dm.shape[1] * n * width * 4),
-        (
-            "mhc_kernel.project",
-            lambda: coefficients.project(x, hi, lo, spec.rows, padded, splits),
-            size(x, hi, lo, partial),
-        ),
         ("mhc_kernel.post", lambda: post.forward(x, y, q, h, False), size(x, y, q, h, x)),
         ("mhc_kernel.pre", lambda: pre.forward(x, p), size(x, p, y)),
-        ("mhc_kernel.post_dots", lambda: post.dots(g, x, y, q, h, False, True), size(g, x, y, q, h, y, q, h)),
     ]
     mains: list[Case] = [
         (

@@ -74,10 +74,13 @@ def no_split(graph: fx.Graph) -> list[Split]:
 
 
 class SchedulePass(CustomGraphPass):
-    """Plans and emits. ``uuid`` covers what the plan is made from."""
+    """Plans and emits. ``uuid`` covers what the plan is made from. `captured`: what is compiled runs in a CUDA graph of
+    the user's, and the host's time counts nothing."""
 
-    def __init__(self, log: ScheduleLog, split: Callable[[fx.Graph], list[Split]], key: str) -> None:
-        self.log, self.split, self.key = log, split, key
+    def __init__(
+        self, log: ScheduleLog, split: Callable[[fx.Graph], list[Split]], key: str, captured: bool = False
+    ) -> None:
+        self.log, self.split, self.key, self.captured = log, split, key, captured
         self.forced = _forced.get()
         self.high = main_has_priority()
         self.contention, self.reason = available()
@@ -95,7 +98,8 @@ class SchedulePass(CustomGraphPass):
             self.log.notes.append(f"one stream: {self.reason}")
             return
         least = self.forced[1] if self.forced is not None else LEAST_GAIN
-        plan = plan_graph(graph, self.contention, self.priority, self.split, least, self.forced is not None)
+        free = self.captured or self.forced is not None
+        plan = plan_graph(graph, self.contention, self.priority, self.split, least, free)
         inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]
         plan.name = "backward" if any(name.startswith("tangents") for name in inputs) else "forward"
         for task in plan.dag.tasks.values():
@@ -107,7 +111,8 @@ class SchedulePass(CustomGraphPass):
     def uuid(self) -> Any:
         """Identity for inductor's caches."""
         known = self.contention.fingerprint if self.contention is not None else self.reason
-        return ("mhc_compile.scheduler", self.key, known, self.priority, self.forced and self.forced[1])
+        forced = self.forced and self.forced[1]
+        return ("mhc_compile.scheduler", self.key, known, self.priority, self.captured, forced)
 
 
 def main_has_priority() -> bool:
@@ -153,7 +158,10 @@ def plan_graph(
     launches = len(dag.tasks) - len(extra)
     if plan.moves and not forced and not _cuda_graphs() and plan.serial < launches * HOST_SECONDS:
         plan.moves, plan.predicted = [], plan.serial
-        plan.reason = f"{launches} launches in {plan.serial * 1e3:.2f} ms: the host is the bottleneck (no CUDA graphs)"
+        plan.reason = (
+            f"{launches} launches in {plan.serial * 1e3:.2f} ms: the host is the bottleneck without CUDA graphs "
+            "(schedule='captured' for a step in a graph of yours)"
+        )
     chosen = {one.task for one in plan.moves}
     undone = [undo for late, _, undo in splits if late.name not in chosen]
     kept = {late.name: undo for late, _, undo in splits if late.name in chosen}
@@ -296,7 +304,11 @@ def _sink(node: fx.Node) -> None:
 
 
 def schedule_patches(
-    patches: dict[str, object], log: ScheduleLog, split: Callable[[fx.Graph], list[Split]] = no_split, key: str = ""
+    patches: dict[str, object],
+    log: ScheduleLog,
+    split: Callable[[fx.Graph], list[Split]] = no_split,
+    key: str = "",
+    captured: bool = False,
 ) -> dict[str, object]:
     """`patches` (settings for ``torch._inductor.compile``) with the pass before what they have at its place.
 
@@ -305,8 +317,9 @@ def schedule_patches(
         log: filled while graphs are compiled.
         split: takes calls apart of which the main stream needs a part early; see ``Split``.
         key: identity of `split` and of this package's sources, for inductor's caches.
+        captured: the user captures what is compiled in a CUDA graph.
     """
-    ours = SchedulePass(log, split, key)
+    ours = SchedulePass(log, split, key, captured)
     theirs = patches.get(SEAM)
     if theirs is None:
         return {**patches, SEAM: chain_graph_passes(SEAM, ours)}

@@ -109,6 +109,21 @@ def test_where_the_host_is_the_bottleneck_nothing_moves(monkeypatch: pytest.Monk
         assert plan_graph(gm.graph, table()).moves
 
 
+def test_in_a_graph_of_the_users_the_host_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MHC_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(schedule, "HOST_SECONDS", 1.0)
+    monkeypatch.setattr(schedule, "available", lambda: (table(), ""))
+    moved = {}
+    for captured in (False, True):
+        log = ScheduleLog()
+        gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
+        planner: Any = schedule_patches({}, log, captured=captured)[schedule.SEAM]
+        planner(gm.graph)
+        moved[captured] = len(log.plans[0].moves), planner.uuid()
+    assert (moved[False][0], moved[True][0]) == (0, 2)
+    assert moved[False][1] != moved[True][1]
+
+
 def test_an_autotuned_matmul_stays_where_inductor_tunes_it() -> None:
     from torch._inductor import config
 
