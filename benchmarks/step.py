@@ -2,7 +2,7 @@
 
 Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM head, forward and backward of a batch of
 2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the
-base.
+base. The result is written after every row; a row that would begin after `--seconds` is left out and named.
 """
 
 from __future__ import annotations
@@ -87,32 +87,41 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--only", nargs="*", default=None, help="exact names of rows")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=540, help="rows that would begin later are left out and named")
     parser.add_argument("--name", default="step", help="file under benchmarks/results")
     arguments = parser.parse_args()
+    start = time.perf_counter()
     tokens = torch.randint(0, 1024, (arguments.batch, arguments.length), device="cuda")
     results: dict[str, Any] = {}
-    base = None
+    path = RESULTS / f"{arguments.name}.json"
+    shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
     for name, options in ROWS.items():
         if arguments.only and name not in arguments.only:
             continue
-        try:
-            row = measure(options, arguments.layers, tokens, arguments.profile)
-        except Exception as error:  # a failing row is a row of the table
-            results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-            print(f"{name:24s} {results[name]['status']}", flush=True)
-            continue
-        base = row["step_ms"] if options is None else base
-        if base:
-            row["over_plain"] = row["step_ms"] / base - 1
-        results[name] = row
-        over = f"{row['over_plain']:+.1%}" if "over_plain" in row else ""
-        print(
-            f"{name:24s} step {row['step_ms']:7.2f} ms {over:8s} compile {row['compile_s']:6.1f} s  "
-            f"peak {row['peak_GiB']:.2f} GiB",
-            flush=True,
-        )
-    shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
-    record("step", results, RESULTS / f"{arguments.name}.json", **shape)
+        if time.perf_counter() - start > arguments.seconds:
+            results[name] = {"status": f"not measured: {arguments.seconds:g} s were over"}
+        else:
+            try:
+                results[name] = measure(options, arguments.layers, tokens, arguments.profile)
+            except Exception as error:  # a failing row is a row of the table
+                results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
+        base = results.get("plain, inductor", {}).get("step_ms")
+        if base and "step_ms" in results[name]:
+            results[name]["over_plain"] = results[name]["step_ms"] / base - 1
+        print(told(name, results[name]), flush=True)
+        record("step", results, path, quiet=True, **shape)
+    print(f"written: {path}")
+
+
+def told(name: str, row: dict[str, Any]) -> str:
+    """The line that is printed for a row."""
+    if "status" in row:
+        return f"{name:24s} {row['status']}"
+    over = f"{row['over_plain']:+.1%}" if "over_plain" in row else ""
+    return (
+        f"{name:24s} step {row['step_ms']:7.2f} ms {over:8s} compile {row['compile_s']:6.1f} s  "
+        f"peak {row['peak_GiB']:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":
