@@ -19,6 +19,7 @@ from mhc_compile.capture.checkpoints import checkpoint_nodes
 from mhc_compile.capture.frames import enclosing_modules, is_running, is_transparent
 from mhc_compile.config import Resolved
 from mhc_compile.errors import FragmentError, MhcError, NoSiteError, WrappedModelError
+from mhc_compile.lowering.base import FORWARD_TARGETS
 from mhc_compile.model import SiteParameters, hyper_connections
 from mhc_compile.passes import ORDER, PassContext, run_pass
 from mhc_compile.report import CompileReport, make_report, readable, site_rows
@@ -112,7 +113,10 @@ def _convert(
     report.graph = readable(copy)
     _account(report, parameters)
     parameters.check(callers)
-    changed = bool(report.sites) or report.raised > 0
+    # Ops of ours that are there already (a stage of a converted graph) are planned and lowered like any others.
+    changed = (
+        bool(report.sites) or report.raised > 0 or any(node.target in FORWARD_TARGETS for node in copy.graph.nodes)
+    )
     if not changed and options.rewrite and options.streams > 1 and _is_model(copy, modules, ctx):
         raise NoSiteError(_why_no_site(report), where=next((r.where for r in report.left_alone if r.where), None))
     copy.recompile()

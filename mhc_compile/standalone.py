@@ -46,7 +46,9 @@ class StandaloneGraph(fx.GraphModule):
             return super().__call__(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = {str(node.target): _attribute(self, str(node.target)) for node in self.graph.find_nodes(op="get_attr")}
+        values = {
+            str(node.target): attribute_of(self, str(node.target)) for node in self.graph.find_nodes(op="get_attr")
+        }
         return _restore, (_pack(self.graph), values, {"mhc_dynamic": self.dynamic})
 
 
@@ -134,7 +136,7 @@ def _assemble(conversion: Conversion, tensors: dict[str, torch.Tensor]) -> Stand
     graph = gm.graph
     placeholders = graph.find_nodes(op="placeholder")
     names = _attribute_names(conversion, placeholders)
-    values = {str(node.target): _attribute(gm, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    values = {str(node.target): attribute_of(gm, str(node.target)) for node in graph.find_nodes(op="get_attr")}
     by_identity = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
     inputs: dict[str, fx.Node] = {}
     sizes: list[fx.Node] = []
@@ -161,17 +163,17 @@ def _assemble(conversion: Conversion, tensors: dict[str, torch.Tensor]) -> Stand
         _replace_size(node, ordered)
     _keep_grad_mode(graph)
     result = StandaloneGraph(values, graph)
-    result.meta["mhc_dynamic"] = _dynamic_axes(ordered)
+    result.meta["mhc_dynamic"] = dynamic_axes(ordered)
     graph.lint()
     return result
 
 
-def _attribute(holder: nn.Module, name: str) -> Any:
+def attribute_of(holder: nn.Module, name: str) -> Any:
     """The value of a dotted name; a nested graph (the body of a higher-order operator) in a form that can be saved."""
     value = functools.reduce(getattr, name.split("."), holder)
     if isinstance(value, fx.GraphModule) and not isinstance(value, StandaloneGraph):
         inner = {
-            str(node.target): _attribute(value, str(node.target)) for node in value.graph.find_nodes(op="get_attr")
+            str(node.target): attribute_of(value, str(node.target)) for node in value.graph.find_nodes(op="get_attr")
         }
         return StandaloneGraph(inner, copy_graph(value).graph)
     return value
@@ -226,7 +228,8 @@ def _replace_size(node: fx.Node, inputs: Sequence[fx.Node]) -> None:
     node.graph.erase_node(node)
 
 
-def _dynamic_axes(inputs: Sequence[fx.Node]) -> dict[int, tuple[int, ...]]:
+def dynamic_axes(inputs: Sequence[fx.Node]) -> dict[int, tuple[int, ...]]:
+    """Position of a placeholder -> its axes whose size is a symbol."""
     found = {}
     for position, node in enumerate(inputs):
         shape = getattr(meta_value(node), "shape", ())

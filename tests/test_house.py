@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"runtime", "verify"},
     {"api", "backend"},
     {"standalone"},
+    {"pipeline"},
     {"__init__"},
     {"__main__"},
 ]
