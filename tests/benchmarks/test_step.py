@@ -78,7 +78,7 @@ def test_raised_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(results) == ["eager", "mhc", "torch.compile"]
     assert results["mhc"]["faster_than_eager"] == pytest.approx(3)
     assert results["mhc"]["faster_than_torch.compile"] == pytest.approx(1.5)
-    assert (written["layers"], written["sites"], written["width"]) == (2, 4, 2560)
+    assert (written["layers"], written["sites"], written["width"]) == (1, 2, 2560)
 
 
 def test_raised_leaves_out_what_would_begin_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
