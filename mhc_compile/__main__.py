@@ -255,13 +255,16 @@ def env(arguments: argparse.Namespace) -> int:
 
 def calibrate(arguments: argparse.Namespace) -> int:
     """``calibrate``: measure pairs of kernels on the GPU and keep them in the cache directory."""
-    from mhc_compile.lowering.side import side_cases
+    from mhc_compile.lowering.side import main_parts, side_cases
     from mhc_compile.scheduler import contention
 
     if not torch.cuda.is_available():
         print("there is no CUDA device to calibrate", file=sys.stderr)
         return 1
-    found = contention.calibrate(lambda tokens, width: [contention.Case(*case) for case in side_cases(tokens, width)])
+    found = contention.calibrate(
+        lambda tokens, width: [contention.Case(*case) for case in side_cases(tokens, width)],
+        lambda tokens, width: [contention.Case(*case) for case in main_parts(tokens, width)],
+    )
     print(contention.table(found))
     return 0
 
@@ -316,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     second = commands.add_parser("env", help="versions, devices and settings")
     second.add_argument("--json", action="store_true", help="as JSON")
     second.set_defaults(command=env)
-    fourth = commands.add_parser("calibrate", help="measure the GPU for schedule='auto', half a minute")
+    fourth = commands.add_parser("calibrate", help="measure the GPU for schedule='auto', some 20 seconds")
     fourth.set_defaults(command=calibrate)
     fifth = commands.add_parser(
         "tune", help="measure the settings of the kernels for autotune, some ten seconds a width"
