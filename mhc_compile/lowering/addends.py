@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .base import LoweringLog, arguments
+from .inline import give
 
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 MOST = 3
@@ -50,7 +51,6 @@ def take_addends(graph: fx.Graph, log: LoweringLog) -> int:
 
     taken = 0
     target = torch.ops.mhc_kernel.pre_norm_dots.default
-    names = [argument.name for argument in target._schema.arguments]
     for node in graph.nodes:
         if node.target is not target:
             continue
@@ -59,7 +59,7 @@ def take_addends(graph: fx.Graph, log: LoweringLog) -> int:
         if len(parts) == 1 or named["second"] is not None:
             continue
         named.update(zip(("grad", "second", "third"), parts, strict=False))
-        node.args, node.kwargs = tuple(named[name] for name in names), {}
+        give(node, named)
         log.record("gradient sum", "fused", f"{len(parts)} addends into pre_norm_backward")
         taken += 1
     return taken

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from . import kernels
 from .base import TARGETS, LoweringLog, arguments, device_of
-from .inline import insert_function, replace
+from .inline import give, insert_function, replace
 
 _STATE_ARGUMENT = {
     "post_backward": "streams",
@@ -106,11 +106,8 @@ def find_stream_gradients(graph: fx.Graph) -> list[StreamGradient]:
 
 def _without_stream_gradient(node: fx.Node) -> None:
     """Tell a backward op that nobody wants its first result any more."""
-    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
     named = arguments(node)
-    needs = [False, *named["needs"][1:]]
-    node.args = tuple(needs if name == "needs" else named[name] for name in schema)
-    node.kwargs = {}
+    give(node, named | {"needs": [False, *named["needs"][1:]]})
 
 
 def _split(node: fx.Node, pieces: Callable[..., tuple[Tensor, ...]], results: int) -> list[Any]:

@@ -74,6 +74,16 @@ def replace(node: fx.Node, outputs: Any) -> None:
     node.graph.erase_node(node)
 
 
+def give(node: fx.Node, named: dict[str, Any]) -> None:
+    """Give a call of an op other arguments: `named`, all of them, by the schema's names.
+
+    What autograd has noted of the inputs it was traced with (their strides, for inductor) holds no longer.
+    """
+    schema = node.target._schema.arguments  # type: ignore[union-attr]  # an OpOverload
+    node.args, node.kwargs = tuple(named[argument.name] for argument in schema), {}
+    node.meta.pop("eager_input_vals", None)
+
+
 Bodies = dict[Any, fx.GraphModule]
 """Traced bodies by what they were traced from."""
 
@@ -164,6 +174,7 @@ __all__ = [
     "Bodies",
     "between",
     "fake",
+    "give",
     "inline",
     "insert_function",
     "replace",

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from .base import LoweringLog, arguments, fake
 from .boundary import GROUP
-from .inline import insert_function
+from .inline import give, insert_function
 from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_side
 
 
@@ -297,8 +297,7 @@ def _give_sums(node: fx.Node, sums: fx.Node) -> None:
     n, width = fake(node.args[3]).shape[-1], fake(sums).shape[2]
     logits, *more = {_reader(user) for user in users.values()} or {None}
     if logits is not None and not more and len(users) == (2 if width > n else 1):
-        named = arguments(logits) | {"d_post": sums, "d_res": None}
-        logits.args, logits.kwargs = tuple(named.values()), {}
+        give(logits, arguments(logits) | {"d_post": sums, "d_res": None})
         return
     for index, user in users.items():
         start, end = (0, n) if index == 1 else (n, width)
