@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from mhc_compile.config import Options
@@ -48,9 +49,9 @@ def tune_ahead(tokens: int, width: int, streams: int = 4) -> list[str]:
     bias, alpha = random(spec.rows), random(1)
     with tune.session(tune.Session(log.record_setting, budget=math.inf, again=True)):
         patches: Any = config_patches(Options(streams=streams), log)
-    patches["force_disable_caches"] = True  # a graph from inductor's cache has its settings already
     compiled = torch.compile(two_sites(streams), fullgraph=True, dynamic=False, options=patches)
-    compiled(x, weight, norm, phi, bias, alpha).float().sum().backward()
+    with torch._inductor.config.patch(force_disable_caches=True):  # a graph from the cache has its settings already
+        compiled(x, weight, norm, phi, bias, alpha).float().sum().backward()
     return list(log.tuned)
 
 

@@ -79,7 +79,7 @@ def check(pair: Pair) -> None:
     # A bf16 chain of two sites; the transposed mix taken the other way round is wrong by a half.
     assert error["output"] < 0.01, error
     assert error["dx"] < 0.02, error
-    assert error["worst"] < 0.1, error
+    assert max(error.values()) < 0.1, error
 
 
 def test_tile_kernels_as_restated() -> None:

@@ -143,18 +143,24 @@ def test_many_splits_of_the_channels() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ whole graphs
+CHAINS = {
+    name: (spec.rows, spec.op_arguments())  # made here: Dynamo of torch 2.11 cannot trace the making of a spec
+    for name, spec in {
+        "mhc": CoefficientSpec(streams=4, sinkhorn=SinkhornSpec(steps=4)),
+        "identity": CoefficientSpec(streams=4, layout="pre,post", res="none", sinkhorn=None),
+    }.items()
+}
+
+
 def chain(x: Tensor, w: Tensor, sites: list[tuple[Tensor, ...]], variant: str = "mhc", norm: str = "rms") -> Tensor:
     """expand, sites around a small branch, collapse. `variant`: whose gate a mix has, and whether there is a res."""
-    spec = CoefficientSpec(streams=4, sinkhorn=SinkhornSpec(steps=4))
-    if variant == "identity":
-        spec = CoefficientSpec(streams=4, layout="pre,post", res="none", sinkhorn=None)
+    rows, attributes = CHAINS["identity" if variant == "identity" else "mhc"]
     state = torch.ops.mhc.expand.default(x, 4)
     known = torch.full((*x.shape[:-1], 4), 0.25, dtype=torch.float32, device=x.device)
     for phi, bias, a, b, c, weight in sites:
-        rows = spec.rows
         res_alpha = None if variant == "identity" else c
         own, post_, res, _ = torch.ops.mhc.coefficients.default(
-            state, phi[:rows], bias[:rows], a, b, res_alpha, **spec.op_arguments()
+            state, phi[:rows], bias[:rows], a, b, res_alpha, **attributes
         )
         gate, known = (known, own) if variant == "single_pass" else (own, known)
         if norm == "none":

@@ -93,6 +93,23 @@ def test_site_boundary(kind: str) -> None:
         assert one <= 1.2 * other + 2e-3 * scale + noise, (index, one, other, scale)
 
 
+def test_site_boundary_through_inductor() -> None:
+    """As opaque calls of the code that inductor writes, whose inputs it checks against what autograd has noted."""
+    from mhc_compile.backend import mhc, reports
+    from tests.tiny import ids, tiny
+
+    results = []
+    for fuse in (True, False):
+        torch._dynamo.reset()
+        model = tiny(layers=2, width=32).to(torch.bfloat16)
+        options = {"init": "paper", "sinkhorn_iters": 1, "fuse": fuse}
+        torch.compile(model, backend=mhc, options=options, fullgraph=True)(ids()).float().square().mean().backward()
+        results.append([parameter.grad.double() for parameter in model.parameters() if parameter.grad is not None])
+        assert reports[-1].log.counts()["site boundary", "fused"] == (3 if fuse else 0)
+    whole = [torch.cat([one.flatten() for one in result]) for result in results]
+    assert float((whole[0] - whole[1]).norm()) <= 0.02 * float(whole[1].norm())
+
+
 def test_too_many_steps_run_the_native_backward() -> None:
     from mhc_compile.lowering import sinkhorn
     from mhc_compile.ops import SinkhornSpec
