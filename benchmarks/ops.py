@@ -14,7 +14,16 @@ import torch
 
 from benchmarks.device import graphed, median_us, unit_us
 from benchmarks.record import RESULTS, record
-from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, pre_norm, sinkhorn
+from mhc_compile.lowering import (
+    boundary,
+    coefficients,
+    coefficients_backward,
+    post,
+    pre,
+    pre_norm,
+    sinkhorn,
+    site_boundary,
+)
 from mhc_compile.ops import CoefficientSpec
 
 SWEEPS: dict[str, tuple[Any, str, Callable[[int, int], list[dict[str, int]]]]] = {
@@ -94,6 +103,9 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         ),
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
+        ),
+        "site_boundary": (
+            lambda: site_boundary.site_boundary(g, h, du, p, dm, dealt, multiple, x, y, q, h, False), 3 * n + 3,
         ),
     }  # fmt: skip
 

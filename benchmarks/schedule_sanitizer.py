@@ -107,7 +107,7 @@ def checked(forward: fx.GraphModule, backward: fx.GraphModule, tensors: list[Ten
             run(forward, backward, tensors)
             torch.cuda.synchronize()
     except sanitizer.CUDASanitizerErrors as found:
-        return f"{found}: {found.errors[0]}"[:800]
+        return f"{found}: {found.errors[0]}".split("With stack trace")[0].strip()[:800]
     finally:
         torch.cuda.synchronize()
     return "clean"
