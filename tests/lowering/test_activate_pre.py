@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from mhc_compile.compat import triton_version
+from tests.lowering.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
 
@@ -38,9 +34,4 @@ print("same bits")
 
 
 def test_same_bits_as_the_whole() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", CASES], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "same bits" in run.stdout
+    assert "same bits" in interpreted(CASES)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,7 @@ import pytest
 from mhc_compile.compat import triton_version
 from mhc_compile.ops import CoefficientSpec
 from tests.lowering.hopper import BF16, FP32, TOKENS, WIDTH, compile_for_hopper, compiler_missing
+from tests.lowering.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
 
@@ -57,12 +54,7 @@ print("same bits")
 
 
 def test_same_bits_as_the_whole() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", CASES], env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "same bits" in run.stdout
+    assert "same bits" in interpreted(CASES)
 
 
 def _compiled(stage: int) -> Any:
