@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 
@@ -39,6 +40,15 @@ def graphed(function: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         function()
     return graph.replay
+
+
+def repeatable(deterministic: bool = True) -> None:
+    """Settings of a process that compares bits; before anything touches the device. Attention is flash attention,
+    whatever was chosen by default: cuDNN's backward does not repeat itself."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch's own default on a Hopper
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through its module
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def unit_us(tokens: int, width: int) -> float:

@@ -28,7 +28,6 @@ import argparse
 import collections
 import gc
 import linecache
-import os
 import re
 import statistics
 import time
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.device import repeatable
 from benchmarks.record import record
 from mhc_compile.backend import mhc, reports
 from mhc_compile.passes.recompute import RecomputeResult
@@ -311,10 +311,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or (2 if arguments.tiny else 36)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch's own default on a Hopper
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through its module
-    torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention in all rows, whatever was chosen by default
+    repeatable()
     results: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()
     for row in arguments.only:

@@ -40,6 +40,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 
+from benchmarks.device import repeatable
 from benchmarks.record import RESULTS, record
 from mhc_compile.backend import mhc, reports
 from mhc_compile.lowering.side import main_parts, side_cases
@@ -406,10 +407,7 @@ def one_gpu(arguments: argparse.Namespace) -> None:
 def prepare(deterministic: bool = True) -> None:
     """Settings of a process that compares bits and reads plans; before anything touches the device. Inductor puts no
     deterministic accumulation, which an embedding's backward is, into its own CUDA graphs."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set through its module
+    repeatable(deterministic)
     # A plan is reported when it is made: an artefact from the cache has none to tell.
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False

@@ -85,17 +85,23 @@ def load(name: str) -> Device | None:
     return device if fine and device.name == name else None
 
 
-def save(device: Device) -> None:
-    """Keep the numbers for later processes; a directory that cannot be written to is no error."""
-    path = cache_file("device", device.name)
+def keep_json(path: Path, data: dict[str, Any], sort_keys: bool = False) -> Path | None:
+    """Write a file of the cache, whole or not at all: another process may be reading it. None where the directory
+    cannot be written to, which is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(device), file, indent=1)
-        os.replace(temporary, path)  # whole or not at all: another process may be reading
+            json.dump(data, file, indent=1, sort_keys=sort_keys)
+        os.replace(temporary, path)
     except OSError:
-        return
+        return None
+    return path
+
+
+def save(device: Device) -> None:
+    """Keep the numbers for later processes; a directory that cannot be written to is no error."""
+    keep_json(cache_file("device", device.name), asdict(device))
 
 
 @functools.cache

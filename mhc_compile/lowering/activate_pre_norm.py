@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import pre_norm
 from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, gate, length, logits, spec_of
-from .launch import by_token, kernel_op, launch, load_raw, load_scalars, nonempty, store_row
+from .launch import by_token, kernel_op, launch, load_raw, load_scalars, load_streams, nonempty, store_row
 from .pre_norm import mixed, write_normed
 from .sinkhorn import iterate
 
@@ -79,10 +79,7 @@ def one_gate(
 def block_rows(x_ptr, token, block, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr) -> tl.tensor:
     """One block of channels of the N streams of a token, in their own dtype."""
     offsets = block * BC + tl.arange(0, BC)
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, offsets < C, C % BC != 0),)
-    return xs
+    return load_streams(x_ptr, token, offsets, offsets < C, C, N, C % BC != 0)
 
 
 @triton.jit

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from .base import LoweringLog, arguments
+from .base import VIEWS, LoweringLog, arguments
 from .inline import give
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 MOST = 3
 """Addends that `mhc_kernel::pre_norm_dots` takes."""
 
@@ -20,7 +19,7 @@ MOST = 3
 def _below_views(node: fx.Node) -> fx.Node:
     """The node under views that nobody else reads and that keep the last dimension: the same rows in the same order."""
     width = node.meta["val"].shape[-1]
-    while node.target in _VIEWS and len(node.users) == 1:
+    while node.target in VIEWS and len(node.users) == 1:
         below = node.args[0]
         if not isinstance(below, fx.Node) or below.meta["val"].shape[-1:] != (width,):
             break

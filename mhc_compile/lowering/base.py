@@ -64,6 +64,15 @@ class LoweringLog:
         return list(dict.fromkeys(entry for entry in self.entries if entry.reason))
 
 
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+"""What changes the shape of a tensor and nothing else, on graphs behind autograd."""
+
+
+def origin(node: fx.Node) -> dict[str, Any]:
+    """What a node's meta says of where it came from, for a node that is made in its place."""
+    return {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "seq_nr") if key in node.meta}
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The node's arguments by the names of its op's schema, defaults filled in."""
     target = node.target

@@ -47,6 +47,15 @@ def dealt(total, BT: tl.constexpr, BC: tl.constexpr, WARPS: tl.constexpr) -> tl.
 
 
 @triton.jit
+def scalars(pointer, rows, there, COUNT: tl.constexpr) -> tl.tensor:
+    """COUNT float32 numbers a token, each [BT, 1]."""
+    values = ()
+    for index in tl.static_range(COUNT):
+        values = values + (tl.load(pointer + rows * COUNT + index, mask=there, other=0.0).to(tl.float32),)
+    return values
+
+
+@triton.jit
 def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
@@ -73,13 +82,9 @@ def streams_backward_kernel(
     multiple_ptr += base
     dm_ptr += base * WIDTH
     if POST and HAS_RES:
-        h = ()
-        for o in tl.static_range(N * N):
-            h = h + (tl.load(res_ptr + rows * (N * N) + o, mask=there, other=0.0).to(tl.float32),)
+        h = scalars(res_ptr, rows, there, N * N)
     if PRE:
-        p = ()
-        for i in tl.static_range(N):
-            p = p + (tl.load(pre_ptr + rows * N + i, mask=there, other=0.0).to(tl.float32),)
+        p = scalars(pre_ptr, rows, there, N)
     ks = tl.arange(0, KP)
     if COEFFICIENTS:
         block = line // (16 * WARPS) * (16 * WARPS)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mhc_compile.compat import inductor_decompositions
 
-from .base import fake
+from .base import fake, origin
 
 
 def trace(function: Callable[..., Any], nodes: Sequence[fx.Node], prune: bool = True) -> fx.GraphModule:
@@ -53,9 +53,7 @@ def inline(graph: fx.Graph, before: fx.Node, body: fx.GraphModule, nodes: Sequen
                 raise ValueError(f"the traced body holds a constant, {node.target}")
             else:
                 copy = graph.node_copy(node, bound.__getitem__)
-                for key in ("stack_trace", "nn_module_stack", "seq_nr"):
-                    if key in before.meta:
-                        copy.meta[key] = before.meta[key]
+                copy.meta.update(origin(before))
                 bound[node] = copy
     return outputs
 

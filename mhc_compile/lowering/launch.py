@@ -151,6 +151,15 @@ def load_raw(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def load_streams(pointer, token, offsets, mask, C: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr) -> tl.tensor:
+    """One block of channels of the N streams of a token, in their own dtype."""
+    rows = ()
+    for i in tl.static_range(N):
+        rows = rows + (load_raw(pointer, (token * N + i) * C, offsets, mask, MASKED),)
+    return rows
+
+
+@triton.jit
 def load_row(pointer, start, offsets, mask, MASKED: tl.constexpr) -> tl.tensor:
     """One row of channels as float32."""
     return load_raw(pointer, start, offsets, mask, MASKED).to(tl.float32)

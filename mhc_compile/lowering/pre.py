@@ -17,9 +17,9 @@ from .launch import (
     by_token,
     kernel_op,
     launch_tuned,
-    load_raw,
     load_row,
     load_scalars,
+    load_streams,
     nonempty,
     places,
     side_by_side,
@@ -46,9 +46,7 @@ def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl
     offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
     mask = offsets < C
     p = load_scalars(pre_ptr + token * N, N)
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+    xs = load_streams(x_ptr, token, offsets, mask, C, N, MASKED)
     store_row(out_ptr, token * C, offsets, mixed(xs, p, N), mask, MASKED)
 
 

@@ -27,9 +27,9 @@ from .launch import (
     kernel_op,
     launch,
     launch_tuned,
-    load_raw,
     load_row,
     load_scalars,
+    load_streams,
     nonempty,
     places,
     side_by_side,
@@ -116,9 +116,7 @@ def pre_norm_kernel(
     us = ()
     total = tl.zeros((BC,), dtype=tl.float32)
     for block in tl.static_range(BLOCKS):
-        xs = ()
-        for i in tl.static_range(N):
-            xs = xs + (load_raw(x_ptr, (token * N + i) * C, block * BC + lanes, block * BC + lanes < C, MASKED),)
+        xs = load_streams(x_ptr, token, block * BC + lanes, block * BC + lanes < C, C, N, MASKED)
         u = mixed(xs, p, N)
         us = us + (u,)
         total += u if LAYER else u * u
@@ -179,9 +177,7 @@ def pre_norm_backward_kernel(
         for block in tl.static_range(BLOCKS):
             offsets = block * BC + lanes
             inside = offsets < C
-            xs = ()
-            for i in tl.static_range(N):
-                xs = xs + (load_raw(x_ptr, (token * N + i) * C, offsets, inside, MASKED),)
+            xs = load_streams(x_ptr, token, offsets, inside, C, N, MASKED)
             g = tl.load(grad_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
             if GRADS > 1:
                 g += tl.load(second_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)

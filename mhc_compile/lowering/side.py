@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import arguments
+from .base import arguments, origin
 
 Split = tuple[fx.Node, fx.Node, Callable[[], None]]
 """A call that may move, the call that the main stream needs if it does, and how to take the pair back."""
@@ -42,13 +42,8 @@ def split_activate(graph: fx.Graph) -> list[Split]:
         pre = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
         if "pre" not in parts or len(parts) < 2 or len(pre) != 1:
             continue
-        with graph.inserting_before(node):
-            kept = {name: value for name, value in named.items() if name not in ("alpha_post", "alpha_res")}
-            early = graph.call_function(torch.ops.mhc_kernel.activate_pre.default, tuple(kept.values()))
-        early.meta["val"] = pre[0].meta["val"]
-        early.meta.update(
-            {key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "seq_nr") if key in node.meta}
-        )
+        kept = [value for name, value in named.items() if name not in ("alpha_post", "alpha_res")]
+        early = _call_like(node, torch.ops.mhc_kernel.activate_pre.default, kept, pre[0].meta["val"])
         found.append((node, early, _Merge(pre[0], early)))
         pre[0].replace_all_uses_with(early)
     return found
@@ -104,8 +99,7 @@ def _call_like(node: fx.Node, target: Any, args: list[Any], value: Any) -> fx.No
     """A call before `node` with what is known of where that one came from."""
     with node.graph.inserting_before(node):
         call = node.graph.call_function(target, tuple(args))
-    call.meta.update({key: node.meta[key] for key in ("stack_trace", "nn_module_stack", "seq_nr") if key in node.meta})
-    call.meta["val"] = value
+    call.meta.update(origin(node), val=value)
     return call
 
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
-from .base import LoweringLog, arguments, fake
-from .boundary import GROUP
+from .base import VIEWS, LoweringLog, arguments, fake
+from .boundary import GROUP, scalars
 from .inline import give, insert_function
 from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_side
 
@@ -47,15 +47,6 @@ def dealt_streams(total, BT: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.ten
 def thread_sums(product, BT: tl.constexpr) -> tl.tensor:
     """[BT, 32] -> [BT, 4]: the 8 neighbours that one thread holds."""
     return tl.sum(tl.reshape(product, (BT, 4, 8)), axis=2)
-
-
-@triton.jit
-def scalars(pointer, rows, there, COUNT: tl.constexpr) -> tl.tensor:
-    """COUNT float32 numbers a token, each [BT, 1]."""
-    values = ()
-    for index in tl.static_range(COUNT):
-        values = values + (tl.load(pointer + rows * COUNT + index, mask=there, other=0.0).to(tl.float32),)
-    return values
 
 
 @triton.jit
@@ -222,8 +213,6 @@ def _(
     return grad.new_empty(grad.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
 
 
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
-"""What flattens the tokens on the way from `post_dots` to `logits_backward`."""
 
 
 def _calls(node: object, name: str) -> bool:
@@ -284,7 +273,7 @@ def _reader(node: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if _calls(user, "logits_backward"):
             return user
-        if user.target not in _VIEWS:
+        if user.target not in VIEWS:
             return None
         node = user
     return None

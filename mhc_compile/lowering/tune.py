@@ -18,13 +18,11 @@ import hashlib
 import json
 import logging
 import math
-import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.compat import outside_of_tracing, size_hint, triton_version
-from mhc_compile.cost import cache_file
+from mhc_compile.cost import cache_file, keep_json
 
 log = logging.getLogger("mhc_compile")
 
@@ -101,16 +99,7 @@ def _sound(entry: Any) -> bool:
 
 
 def _save(device: str, table: Table) -> Path | None:
-    path = cache_file("tuning", device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"generation": table.generation, "entries": table.entries}, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)  # whole or not at all: another process may be reading
-    except OSError:
-        return None
-    return path
+    return keep_json(cache_file("tuning", device), asdict(table), sort_keys=True)
 
 
 def keep(device: str, key: str, choice: Choice, offered: Sequence[Config], again: bool = False) -> Choice:

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 import torch
 
-from mhc_compile.cost import cache_file
+from mhc_compile.cost import cache_file, keep_json
 
 RANGE = 3.0
 """A measured side task stands for those of a third of its bytes up to three times as many."""
@@ -150,16 +148,7 @@ def load(name: str) -> Contention | None:
 
 def save(contention: Contention) -> Path | None:
     """Keep the pairs for later processes; None where the directory cannot be written to."""
-    path = cache_file("contention", contention.device)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(asdict(contention), file, indent=1)
-        os.replace(temporary, path)  # whole or not at all: another process may be reading
-    except OSError:
-        return None
-    return path
+    return keep_json(cache_file("contention", contention.device), asdict(contention))
 
 
 # ------------------------------------------------------------------------------------------------ on the device
