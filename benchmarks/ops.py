@@ -19,8 +19,10 @@ from mhc_compile.lowering import (
     coefficients,
     coefficients_backward,
     post,
+    post_pre_norm,
     pre,
     pre_norm,
+    replay,
     sinkhorn,
     site_boundary,
 )
@@ -82,8 +84,11 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
     outs = coefficients.activate(partial, bias, *alphas, n * width, *flat)
     dm, multiple, _ = coefficients_backward.logits_backward(p, q, h, outs[3], bias, *alphas, n * width, False, *flat)
     scale = bf16(width)
-    _, statistics = pre_norm.forward(x, p, scale, None, "rms", 1e-6, 0.0, True)
+    norm = (scale, None, "rms", 1e-6, 0.0, True)
+    _, statistics, u = pre_norm.forward(x, p, *norm, True)
+    dots = (scale, statistics, "rms", 0.0, True)
     dealt = boundary.dealt_phi(phi, dm.dtype, n)
+    boundary_of = (g, h, du, p, dm, dealt, multiple, x, y, q, h, False)
     return {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
         "pre": (lambda: pre.forward(x, p), n + 1),
@@ -97,16 +102,17 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         "phi_gradient": (lambda: coefficients_backward.phi_gradient(dm, x, spec), n),
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
         "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
-        "pre_norm": (lambda: pre_norm.forward(x, p, scale, None, "rms", 1e-6, 0.0, True), n + 1),
-        "pre_norm_dots": (
-            lambda: pre_norm.dots(du, x, p, scale, statistics, "rms", 0.0, True, True, True, False), n + 2,
-        ),
+        "pre_norm": (lambda: pre_norm.forward(x, p, *norm), n + 1),
+        "pre_norm_dots": (lambda: pre_norm.dots(du, x, p, *dots, True, True, False), n + 2),
+        "pre_norm_dots, u kept": (lambda: pre_norm.dots(du, x, p, *dots, False, True, False, mixed=u), 3),
+        "post_pre_norm": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm), 2 * n + 2),
+        "post_pre_norm, u kept": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm, True), 2 * n + 3),
+        "replay of four sites": (lambda: replay.forward(x, [y] * 4, [q] * 4, [h] * 4, False), 5 * n + 4),
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),
-        "site_boundary": (
-            lambda: site_boundary.site_boundary(g, h, du, p, dm, dealt, multiple, x, y, q, h, False), 3 * n + 3,
-        ),
+        "site_boundary": (lambda: site_boundary.site_boundary(*boundary_of), 3 * n + 3),
+        "site_boundary, gate": (lambda: site_boundary.site_boundary(*boundary_of, True), 3 * n + 3),
     }  # fmt: skip
 
 
@@ -136,9 +142,9 @@ def main() -> None:
                     try:
                         us = median_us(graphed(call))
                     except Exception as error:  # a candidate may not fit the chip; the table says so
-                        print(f"  {name:18s} {config}: {type(error).__name__} {str(error)[:80]}")
+                        print(f"  {name:24s} {config}: {type(error).__name__} {str(error)[:80]}")
                         continue
-                print(f"  {name:18s} {us:8.1f} us  {us / u:6.2f} u  floor {floor:5.1f}  {config or ''}", flush=True)
+                print(f"  {name:24s} {us:8.1f} us  {us / u:6.2f} u  floor {floor:5.1f}  {config or ''}", flush=True)
                 results[f"{name}/{width}" + (f"/{config}" if config else "")] = {
                     "us": us,
                     "u": us / u,

@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(os.environ.get("BENCHMARK_RESULTS") or pathlib.Path(__file__).parent / "results")
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "tile-kernels", "tilelang", "mhc-compile")
+
+_SETTINGS = ("MHC_COMPILE_", "TORCHINDUCTOR_", "CUBLAS_", "NCCL_", "CUDA_GRAPHS_")
+"""What an environment variable begins with that may change a measurement."""
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(_SETTINGS) and not name.endswith("_DIR")
 
 
 def machine() -> dict[str, Any]:
@@ -33,7 +40,8 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": _commit() or os.environ.get("BENCHMARK_COMMIT"),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)},
         "command": " ".join(["python -m benchmarks." + pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]),
     }
 

@@ -53,7 +53,7 @@ SPEC = CoefficientSpec(
 def ours(x: Tensor, sites: list[Site]) -> Tensor:
     for phi, bias, a, b, c, weight in sites:
         pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, a, b, c, **SPEC.op_arguments())
-        y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
+        y, *_ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
         x = torch.ops.mhc.post.default(x, y, post, res, False)
     return x
 
@@ -63,7 +63,7 @@ def single_pass(x: Tensor, sites: list[Site]) -> Tensor:
     pre = torch.nn.functional.one_hot(torch.zeros(x.shape[:-2], dtype=torch.long, device=x.device), STREAMS).float()
     for phi, bias, a, b, c, weight in sites:
         following, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, a, b, c, **SPEC.op_arguments())
-        y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
+        y, *_ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
         x = torch.ops.mhc.post.default(x, y, post, res, False)
         pre = following
     return x
@@ -85,7 +85,8 @@ def _compiled(function: Chain, lowering: str = "auto", traced_launches: bool = T
     """``function`` through inductor with our passes."""
 
     def build(log: LoweringLog) -> Chain:
-        options: Any = config_patches(Options(lowering=lowering), log, traced_launches=traced_launches)
+        # Fixed settings: two runs compare.
+        options: Any = config_patches(Options(lowering=lowering, autotune=False), log, traced_launches=traced_launches)
         return torch.compile(function, fullgraph=True, options=options)
 
     return build

@@ -71,9 +71,9 @@ def logits_backward_kernel(
     d_pre_ptr, d_post_ptr, d_res_ptr, projection_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr,
     dm_ptr, multiple_ptr, sums_ptr, early_dm_ptr, early_inner_ptr, early_sums_ptr, tokens, TOTAL: tl.constexpr,
     STAGE: tl.constexpr, HAS_PRE: tl.constexpr, HAS_POST: tl.constexpr, HAS_RES: tl.constexpr, STRIDE: tl.constexpr,
-    PARTS: tl.constexpr, TWO: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr,
-    NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr,
-    NORM: tl.constexpr, NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr,
+    PRE_STRIDE: tl.constexpr, PARTS: tl.constexpr, TWO: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
+    RES: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr,
     PRE_EPS: tl.constexpr, POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr, SINKHORN: tl.constexpr,
     POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr, CLAMP: tl.constexpr,
@@ -82,7 +82,9 @@ def logits_backward_kernel(
 
     STAGE 0 does all of it. STAGE 1 leaves out pre, and writes to `multiple` what post and res add to `inner` [T, 2];
     STAGE 2 does pre and takes the rest from the results of STAGE 1, `early_*`: the same numbers in the same order.
-    d_post and d_res are PARTS addends each; STRIDE is N for tensors of their own, N + N^2 where they lie side by side.
+    d_post and d_res are PARTS addends each, a token's STRIDE numbers apart: N for tensors of their own, else they lie
+    side by side (post, res, pre; what there is of them), and PRE_STRIDE, N for a tensor of its own, is STRIDE where pre
+    is among them, the last.
     """
     program = tl.program_id(0)
     token = program.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -108,8 +110,9 @@ def logits_backward_kernel(
         early = tl.load(early_sums_ptr + program * (K + 3) + kept, mask=others, other=0.0)
         tl.store(sums + kept, early, mask=others)
     if PRE >= 0 and STAGE != 1:
-        dp, z, alpha = vector_part(d_pre_ptr, projection_ptr, bias_ptr, alpha_pre_ptr, token[:, None], lines, mask,
-                                   r[:, None], tokens, PRE, N, 1, K, SIGMOID, PRE_SCALE, HAS_PRE)  # fmt: skip
+        dp, z, alpha = vector_part(d_pre_ptr + (PRE_STRIDE - N), projection_ptr, bias_ptr, alpha_pre_ptr,
+                                   token[:, None], lines, mask, r[:, None], tokens, PRE, PRE_STRIDE,
+                                   PARTS if PRE_STRIDE > N else 1, K, SIGMOID, PRE_SCALE, HAS_PRE)  # fmt: skip
         dm = dp * alpha / r[:, None]
         inner += tl.sum(dm * z, axis=1)
         store_halves(dm_ptr, out + PRE + lines, dm, mask, KP, TWO)
@@ -175,12 +178,18 @@ def programs_of(tokens: Any, spec: CoefficientSpec) -> Any:
     return (tokens + block - 1) // block
 
 
-def laid_out(d_post: Tensor | None, d_res: Tensor | None, spec: CoefficientSpec) -> tuple[Tensor | None, int, int]:
-    """(d_res, STRIDE, PARTS) for the two forms of `d_post` that `logits_backward` takes."""
+def laid_out(
+    d_pre: Tensor | None, d_post: Tensor | None, d_res: Tensor | None, spec: CoefficientSpec
+) -> tuple[list[Tensor | None], dict[str, int]]:
+    """(the three gradients, STRIDE, PRE_STRIDE and PARTS) for the two forms of `d_post` that `logits_backward`
+    takes."""
+    n = spec.streams
     if d_post is None or d_post.dim() < 3:
-        return d_res, spec.streams, 1
+        return [d_pre, d_post, d_res], {"STRIDE": n, "PRE_STRIDE": n, "PARTS": 1}
     parts, _, stride = d_post.shape
-    return (d_post if stride > spec.streams else None), stride, parts
+    with_res, with_pre = stride >= n + n * n, stride in (2 * n, 2 * n + n * n)
+    given = [d_post if with_pre else d_pre, d_post, d_post if with_res else None]
+    return given, {"STRIDE": stride, "PRE_STRIDE": stride if with_pre else n, "PARTS": parts}
 
 
 @kernel_op(
@@ -198,10 +207,10 @@ def logits_backward(
     sums [P, K + 3], to be summed over P).
 
     `d_post` may be the partial sums [S, T, n + n^2] of `site_boundary`, those of res behind those of post; without res
-    [S, T, n]. `d_res` is None then.
+    [S, T, n]. With n more columns those of pre are the last of them. What is among them is None besides.
     """
     spec = spec_of(flat)
-    d_res, stride, parts = laid_out(d_post, d_res, spec)
+    gradients, layout = laid_out(d_pre, d_post, d_res, spec)
     tokens, padded = projection.shape[0], padded_rows(spec)
     width = padded if wide else 2 * padded
     dm = torch.empty((tokens, width), dtype=torch.float32 if wide else torch.bfloat16, device=projection.device)
@@ -210,14 +219,14 @@ def logits_backward(
     sums = projection.new_zeros((programs, spec.rows + 3))
     if nonempty(tokens):
         bias = bias.contiguous()
-        given = [None if g is None else g.contiguous() for g in (d_pre, d_post, d_res)]
+        given = [None if g is None else g.contiguous() for g in gradients]
         g = [projection if value is None else value for value in given]
         a = [bias if alpha is None else alpha for alpha in (alpha_pre, alpha_post, alpha_res)]
         launch(
             logits_backward_kernel, (programs,),
             *g, projection.contiguous(), bias, *a, dm, multiple, sums, bias, bias, bias, tokens, TOTAL=total, STAGE=0,
             HAS_PRE=given[0] is not None, HAS_POST=given[1] is not None, HAS_RES=given[2] is not None,
-            STRIDE=stride, PARTS=parts, TWO=not wide, WIDTH=width, TOKENS=block, num_warps=1,
+            **layout, TWO=not wide, WIDTH=width, TOKENS=block, num_warps=1,
             **activation_constants(spec),
         )  # fmt: skip
     return dm, multiple, sums

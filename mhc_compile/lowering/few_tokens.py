@@ -91,6 +91,8 @@ def _mixes(node: fx.Node, state: fx.Node, refused: Refused) -> list[tuple[fx.Nod
         name = FORWARD_TARGETS.get(mix.target)
         if name not in ("pre", "pre_norm") or mix.args[0] is not state or refused(name, arguments(mix)):
             continue
+        if name == "pre_norm" and any(user.users for user in result(mix, 2)):
+            continue  # u is kept for a backward: with few tokens that is not worth a second form of the kernel
         gate, *rest = parameters(mix)
         known = gate not in result(node, 0)
         needed = [*parameters(node), *rest, *([gate] if known else [])]
@@ -166,13 +168,17 @@ def _fuse(each: FewTokens) -> None:
     gate, *norm = parameters(mix)
     lift([*parameters(node), *norm, *([gate] if each.known else [])], first)
     partial = _project(each, padded_rows(CoefficientSpec.from_op_arguments(arguments(node))))
-    if FORWARD_TARGETS[mix.target] == "pre":
-        norm = [None, None, "none", 0.0, 0.0, False]
+    norm = [None, None, "none", 0.0, 0.0, False] if FORWARD_TARGETS[mix.target] == "pre" else norm[:-1]
     # The mix reads its own gate where it lies, in registers; who else reads it needs it in memory.
     keep = [any(user is not mix for pre in result(node, 0) for user in pre.users), bool(result(node, 3))]
     args = [partial, gate if each.known else None, norm, keep, *arguments(node).values()]
     outputs = insert_function(first, site, args)
-    replace(mix, outputs[0] if FORWARD_TARGETS[mix.target] == "pre" else list(outputs[:2]))
+    if FORWARD_TARGETS[mix.target] == "pre":
+        replace(mix, outputs[0])
+    else:
+        for unread in result(mix, 2):
+            mix.graph.erase_node(unread)
+        replace(mix, list(outputs[:2]))
     replace(node, list(outputs[2:]))
 
 

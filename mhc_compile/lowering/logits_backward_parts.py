@@ -39,14 +39,14 @@ def _run(
     if not nonempty(tokens):
         return
     bias = bias.contiguous()
-    d_res, stride, parts = laid_out(d_post, d_res, spec)
-    given = [None if g is None else g.contiguous() for g in (d_pre, d_post, d_res)]
+    gradients, layout = laid_out(d_pre, d_post, d_res, spec)
+    given = [None if g is None else g.contiguous() for g in gradients]
     g = [projection if value is None else value for value in given]
     a = [bias if alpha is None else alpha for alpha in alphas]
     launch(
         logits_backward_kernel, (programs_of(tokens, spec),), *g, projection.contiguous(), bias, *a, *outputs, *early,
         tokens, TOTAL=total, STAGE=stage, HAS_PRE=given[0] is not None, HAS_POST=given[1] is not None,
-        HAS_RES=given[2] is not None, STRIDE=stride, PARTS=parts, TWO=not wide, WIDTH=outputs[0].shape[1],
+        HAS_RES=given[2] is not None, **layout, TWO=not wide, WIDTH=outputs[0].shape[1],
         TOKENS=tokens_a_program(spec.streams), num_warps=1, **activation_constants(spec),
     )  # fmt: skip
 

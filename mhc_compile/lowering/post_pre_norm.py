@@ -2,7 +2,8 @@
 
 That is so in `single_pass` (V4.1), whose sites mix with the coefficients of the site before. One program a token writes
 X' and keeps the mixed row in registers for the norm, so that X' is not read again.
-Traffic, n = 4: X, y -> X', out: 2n + 2 = 10 u, where post and pre_norm on their own move 14.
+Traffic, n = 4: X, y -> X', out (and u where its backward wants it): 2n + 2 = 10 u (11 u), where post and pre_norm on
+their own move 14 (15).
 """
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
@@ -26,10 +27,10 @@ from .pre_norm import columns, config, mixed, write_normed
 
 @triton.jit
 def post_pre_norm_kernel(
-    x_ptr, y_ptr, post_ptr, res_ptr, pre_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr, statistics_ptr,
+    x_ptr, y_ptr, post_ptr, res_ptr, pre_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr, statistics_ptr, mixed_ptr,
     C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
-    LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    KEEP: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one token."""
     MASKED: tl.constexpr = C % BC != 0
@@ -54,6 +55,8 @@ def post_pre_norm_kernel(
         for o in tl.static_range(N):
             store_row(state_ptr, (token * N + o) * C, offsets, outs[o], offsets < C, MASKED)
         u = mixed(outs, p, N)
+        if KEEP:
+            store_row(mixed_ptr, token * C, offsets, u, offsets < C, MASKED)
         us = us + (u,)
         total += u if LAYER else u * u
     write_normed(
@@ -66,34 +69,41 @@ def post_pre_norm_kernel(
 def forward(
     streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, h_pre: Tensor,
     weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float, round_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The arguments of `mhc::post`, then those of `mhc::pre_norm` after its first -> (X', out, statistics)."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The arguments of `mhc::post`, then those of `mhc::pre_norm` after its first -> (X', out, statistics, u or
+    empty)."""
     x, branch, q, p = by_token(streams, 2), by_token(y, 1), by_token(h_post, 1), by_token(h_pre, 1)
     tokens, n, width = x.shape
     state = torch.empty_like(x, dtype=torch.promote_types(streams.dtype, y.dtype))
     out = state.new_empty((tokens, width))
+    kept = torch.empty_like(out) if keep else state.new_empty(0)
     statistics = torch.empty((tokens, columns(kind)), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
         launch(
             post_pre_norm_kernel, (tokens,), x, branch, q, q if h_res is None else by_token(h_res, 2), p,
             x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), state, out,
-            statistics, C=width, N=n, HAS_RES=h_res is not None, TRANSPOSE=transpose, LAYER=kind == "layer", EPS=eps,
-            OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, BIAS=bias is not None, **config(width),
+            statistics, kept, C=width, N=n, HAS_RES=h_res is not None, TRANSPOSE=transpose, KEEP=keep,
+            LAYER=kind == "layer", EPS=eps, OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None,
+            BIAS=bias is not None, **config(width),
         )  # fmt: skip
     batch = streams.shape[:-2]
-    return state.view(streams.shape), out.view(*batch, width), statistics.view(*batch, columns(kind))
+    statistics = statistics.view(*batch, columns(kind))
+    return state.view(streams.shape), out.view(*batch, width), statistics, kept.view(*batch, width) if keep else kept
 
 
 @forward.register_fake
 def _(
     streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, h_pre: Tensor,
     weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float, round_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, dtype = streams.shape[:-2], torch.promote_types(streams.dtype, y.dtype)
     return (
         streams.new_empty(streams.shape, dtype=dtype),
         streams.new_empty((*batch, streams.shape[-1]), dtype=dtype),
         streams.new_empty((*batch, columns(kind)), dtype=torch.float32),
+        streams.new_empty((*batch, streams.shape[-1]) if keep else 0, dtype=dtype),
     )
 
 

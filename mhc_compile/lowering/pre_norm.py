@@ -5,6 +5,7 @@ takes a few tokens one after another, so that the gradient of the weight is summ
 and serves the rebuilt u, the norm's sums and the dot products. Partial sums of the weight are added in a fixed order:
 no atomics, deterministic.
 Traffic, n = 4: forward n + 1 = 5 u; backward (read dout, X; write du) n + 2 = 6 u. dX is left to `boundary`.
+With `keep` the forward writes u (6 u) and the backward reads it in place of X: 3 u. dh_pre is left to `site_boundary`.
 """
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
@@ -103,9 +104,9 @@ def write_normed(
 
 @triton.jit
 def pre_norm_kernel(
-    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
-    LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
+    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, C: tl.constexpr, N: tl.constexpr,
+    BC: tl.constexpr, KEEP: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+    ROUND: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one token."""
     MASKED: tl.constexpr = C % BC != 0
@@ -116,8 +117,11 @@ def pre_norm_kernel(
     us = ()
     total = tl.zeros((BC,), dtype=tl.float32)
     for block in tl.static_range(BLOCKS):
-        xs = load_streams(x_ptr, token, block * BC + lanes, block * BC + lanes < C, C, N, MASKED)
+        offsets = block * BC + lanes
+        xs = load_streams(x_ptr, token, offsets, offsets < C, C, N, MASKED)
         u = mixed(xs, p, N)
+        if KEEP:
+            store_row(mixed_ptr, token * C, offsets, u, offsets < C, MASKED)
         us = us + (u,)
         total += u if LAYER else u * u
     write_normed(
@@ -140,13 +144,13 @@ def accumulated(totals, factor, xs, N: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def pre_norm_backward_kernel(
-    grad_ptr, second_ptr, third_ptr, x_ptr, pre_ptr, weight_ptr, statistics_ptr, du_ptr, d_pre_ptr, d_weight_ptr,
-    d_bias_ptr, tokens, GRADS: tl.constexpr,
-    C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BC: tl.constexpr, TOKENS: tl.constexpr, LAYER: tl.constexpr,
-    OFFSET: tl.constexpr, ROUND: tl.constexpr, WEIGHT: tl.constexpr, NEED_PRE: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
+    grad_ptr, second_ptr, third_ptr, x_ptr, mixed_ptr, pre_ptr, weight_ptr, statistics_ptr, du_ptr, d_pre_ptr,
+    d_weight_ptr, d_bias_ptr, tokens, GRADS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    BC: tl.constexpr, TOKENS: tl.constexpr, GIVEN: tl.constexpr, LAYER: tl.constexpr, OFFSET: tl.constexpr,
+    ROUND: tl.constexpr, WEIGHT: tl.constexpr, NEED_PRE: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: TOKENS tokens, one after another.
+    """Program: TOKENS tokens, one after another. GIVEN: u is read, X only for dh_pre.
 
     du = inverse (g w - m0 - z m1), m0 = mean(g w) (LayerNorm only), m1 = mean(g w z);
     dh_pre_i = <du, X_i> = inverse (<g w, X_i> - m0 sum(X_i) - m1 <z, X_i>), so that X is seen once, before m1 is known;
@@ -162,7 +166,7 @@ def pre_norm_backward_kernel(
         here = program * TOKENS + step
         there = here < tokens
         token = tl.minimum(here, tokens - 1)
-        p = load_scalars(pre_ptr + token * N, N)
+        p = load_scalars(pre_ptr + token * N, 0 if GIVEN else N)
         mean = tl.load(statistics_ptr + token * 2) if LAYER else 0.0
         inverse = tl.load(statistics_ptr + token * (2 if LAYER else 1) + (1 if LAYER else 0))
         inner = tl.zeros((BC,), dtype=tl.float32)
@@ -177,13 +181,17 @@ def pre_norm_backward_kernel(
         for block in tl.static_range(BLOCKS):
             offsets = block * BC + lanes
             inside = offsets < C
-            xs = load_streams(x_ptr, token, offsets, inside, C, N, MASKED)
+            xs = load_streams(x_ptr, token, offsets, inside, C, 0 if GIVEN and not NEED_PRE else N, MASKED)
             g = tl.load(grad_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
             if GRADS > 1:
                 g += tl.load(second_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
             if GRADS > 2:
                 g += tl.load(third_ptr + token * C + offsets, mask=inside & there, other=0.0).to(tl.float32)
-            z = (mixed(xs, p, N) - mean) * inverse
+            if GIVEN:
+                u = load_row(mixed_ptr, token * C, offsets, inside, MASKED)
+            else:
+                u = mixed(xs, p, N)
+            z = (u - mean) * inverse
             if NEED_WEIGHT:
                 seen = z
                 if ROUND:
@@ -268,32 +276,36 @@ def columns(kind: str) -> int:
 @kernel_op("pre_norm")
 def forward(
     streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
-    round_first: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The arguments of `mhc::pre_norm` -> (out [..., C], statistics [..., 1 or 2]), by the kernel."""
+    round_first: bool, keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The arguments of `mhc::pre_norm` -> (out [..., C], statistics [..., 1 or 2], u [..., C] or empty), by the
+    kernel."""
     x, p = by_token(streams, 2), by_token(h_pre, 1)
     tokens, n, width = x.shape
     out = x.new_empty((tokens, width))
+    kept = torch.empty_like(out) if keep else x.new_empty(0)
     statistics = torch.empty((tokens, columns(kind)), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
         launch(
             pre_norm_kernel, (tokens,), x, p, x if weight is None else weight.contiguous(),
-            x if bias is None else bias.contiguous(), out, statistics, C=width, N=n, LAYER=kind == "layer", EPS=eps,
-            OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, BIAS=bias is not None, **config(width),
+            x if bias is None else bias.contiguous(), out, statistics, kept, C=width, N=n, KEEP=keep,
+            LAYER=kind == "layer", EPS=eps, OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None,
+            BIAS=bias is not None, **config(width),
         )  # fmt: skip
     batch = streams.shape[:-2]
-    return out.view(*batch, width), statistics.view(*batch, columns(kind))
+    return out.view(*batch, width), statistics.view(*batch, columns(kind)), kept.view(*batch, width) if keep else kept
 
 
 @forward.register_fake
 def _(
     streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
-    round_first: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    round_first: bool, keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch = streams.shape[:-2]
     return (
         streams.new_empty((*batch, streams.shape[-1])),
         streams.new_empty((*batch, columns(kind)), dtype=torch.float32),
+        streams.new_empty((*batch, streams.shape[-1]) if keep else 0),
     )
 
 
@@ -301,10 +313,11 @@ def _(
 def dots(
     grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
     round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool, second: Tensor | None = None,
-    third: Tensor | None = None,
+    third: Tensor | None = None, mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dout [..., C] -> (du [..., C], dh_pre [..., n], and partial sums [P, C] of dweight and of dbias, float32, to be
-    summed over P); what is not needed is empty. `second` and `third`: further addends of dout, each [.., C]."""
+    summed over P); what is not needed is empty. `second` and `third`: further addends of dout, each [.., C]. `mixed`: u
+    [..., C] where it was kept."""
     g, x, p, s = by_token(grad, 1), by_token(streams, 2), by_token(h_pre, 1), by_token(statistics, 1)
     tokens, n, width = x.shape
     block = tokens_a_program(width)
@@ -316,13 +329,12 @@ def dots(
     if nonempty(tokens):
         launch_tuned(
             pre_norm_backward_kernel, lambda tokens, _: (triton.cdiv(tokens, block),), g,
-            g if second is None else by_token(second, 1), g if third is None else by_token(third, 1), x, p,
-            x if weight is None else weight.contiguous(), s, du, d_pre, d_weight, d_bias, tokens,
-            GRADS=1 + (second is not None) + (third is not None), C=width, N=n, NP=triton.next_power_of_2(n),
-            TOKENS=block,
-            LAYER=kind == "layer", OFFSET=offset, ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre,
-            NEED_WEIGHT=need_weight, NEED_BIAS=need_bias, config=backward_config(width),
-            others=functools.partial(backward_others, width),
+            g if second is None else by_token(second, 1), g if third is None else by_token(third, 1), x,
+            g if mixed is None else by_token(mixed, 1), p, x if weight is None else weight.contiguous(), s, du, d_pre,
+            d_weight, d_bias, tokens, GRADS=1 + (second is not None) + (third is not None), C=width, N=n,
+            NP=triton.next_power_of_2(n), TOKENS=block, GIVEN=mixed is not None, LAYER=kind == "layer", OFFSET=offset,
+            ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre, NEED_WEIGHT=need_weight,
+            NEED_BIAS=need_bias, config=backward_config(width), others=functools.partial(backward_others, width),
         )  # fmt: skip
     return du.view(*streams.shape[:-2], width), d_pre, d_weight, d_bias
 
@@ -331,7 +343,7 @@ def dots(
 def _(
     grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, statistics: Tensor, kind: str, offset: float,
     round_first: bool, need_pre: bool, need_weight: bool, need_bias: bool, second: Tensor | None = None,
-    third: Tensor | None = None,
+    third: Tensor | None = None, mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     width = streams.shape[-1]
     block = tokens_a_program(width)
@@ -346,14 +358,21 @@ def _(
 
 def pieces(
     grad: Tensor, streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor,
-    kind: str, eps: float, offset: float, round_first: bool, needs: Sequence[bool],
+    mixed: Tensor | None, kind: str, eps: float, offset: float, round_first: bool, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The arguments of `mhc::pre_norm_backward` -> (its four results, the first empty; then du, from which
-    `streams_backward` makes the first). Traced into the graph."""
+    `streams_backward` makes the first). Traced into the graph.
+
+    With u kept dh_pre is a pass of its own, which `site_boundary` takes up where it can.
+    """
     du, d_pre, d_weight, d_bias = torch.ops.mhc_kernel.pre_norm_dots.default(
-        grad, streams, h_pre, weight, statistics, kind, offset, round_first, bool(needs[1]),
-        bool(needs[2] and weight is not None), bool(needs[3] and bias is not None),
+        grad, streams, h_pre, weight, statistics, kind, offset, round_first, bool(needs[1]) and mixed is None,
+        bool(needs[2] and weight is not None), bool(needs[3] and bias is not None), mixed=mixed,
     )  # fmt: skip
+    if needs[1] and mixed is not None:
+        from . import pre  # noqa: F401  # registers the op; it takes `mixed` from here
+
+        d_pre = torch.ops.mhc_kernel.pre_dots.default(du, streams, h_pre)
     results = [streams.new_empty(0), d_pre]
     for parameter, partial, needed in ((weight, d_weight, needs[2]), (bias, d_bias, needs[3])):
         like = streams if parameter is None else parameter
@@ -364,7 +383,7 @@ def pieces(
 def backward(*args: Any) -> tuple[Tensor, ...]:
     """The arguments of `mhc::pre_norm_backward` -> its results (traced into the graph)."""
     *results, du = pieces(*args)
-    streams, h_pre, needs = args[1], args[2], args[10]
+    streams, h_pre, needs = args[1], args[2], args[-1]
     if needs[0]:
         results[0] = torch.ops.mhc_kernel.streams_backward.default(
             streams, None, None, False, du, h_pre, None, None, None

@@ -8,7 +8,12 @@ is not read: it is rebuilt from X_{l-1} and y, which are there for the dot produ
     dy    = sum_i q_i dX_i;    dq_i = <dX_i, y>;    dH'[i, j] = <dX_i, X_j>
 
 with H, p, dm, c of site l and X, y, q, H' of site l - 1. Traffic, n = 4: dX' 4, du 1, X 4, y 1 -> dX 4, dy 1: 15 u,
-where the two kernels move 23. The dot products leave as partial sums, one row a span of channels.
+where the two kernels move 23. The dot products leave as partial sums, one row a program.
+
+Where the gradient of p has a pass of its own (`single_pass`, whose u was kept: see `pre_norm.pieces`) and nobody reads
+it before this kernel has run, it is a by-product, of X and y again:
+
+    dp_i = <du, X_l,i> = sum_j H'[i, j] <du, X_j> + q_i <du, y>
 """
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
@@ -54,11 +59,13 @@ def site_boundary_kernel(
     x_ptr, y_ptr, post_ptr, mix_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr,
     dy_ptr, sums_ptr, tokens, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
     WIDTH: tl.constexpr, BT: tl.constexpr, SPAN: tl.constexpr, K: tl.constexpr, HAS_RES: tl.constexpr,
-    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: BT tokens, SPAN channels (a divisor of C) in steps of 32, all streams."""
+    """Program: BT tokens, SPAN channels (a divisor of C) in steps of 32, all streams. The C // SPAN programs of a token
+    take turns: in one step they read 32 channels each, side by side, so that a page of memory is open once."""
     SPANS: tl.constexpr = C // SPAN
     SUMS: tl.constexpr = N + (N * N if HAS_RES else 0)
+    COLUMNS: tl.constexpr = SUMS + (N if DOTS else 0)
     program = tl.program_id(0)
     base = (program // SPANS).to(tl.int64) * BT
     line = tl.arange(0, BT)
@@ -95,17 +102,17 @@ def site_boundary_kernel(
     dm = tl.load(dm_ptr + token * WIDTH + (ks % KP)[None, :], mask=known, other=0.0)
     if TWO:
         low = tl.load(dm_ptr + token * WIDTH + KP + (ks % KP)[None, :], mask=known, other=0.0)
-    first = (program % SPANS) * SPAN
     inner = tl.arange(0, 16 * N)[None, :]
     phi_offsets = (ks % KP)[:, None] * (N * CP) + (ks // KP)[:, None] * 16 + inner // 16 * CP + inner % 16
     real = (ks % KP < K)[:, None] & (inner >= 0)
     channels = tl.arange(0, 32)[None, :]
     sums = ()
-    for _ in tl.static_range(SUMS):
+    for _ in tl.static_range(SUMS + (N + 1 if DOTS else 0)):
         sums = sums + (tl.zeros((BT, 4), dtype=tl.float32),)
     for step in tl.range(0, SPAN, 32, num_stages=STAGES):
-        columns = rows * C + first + step + channels
-        states = rows * (N * C) + first + step + channels
+        first = step * SPANS + (program % SPANS) * 32
+        columns = rows * C + first + channels
+        states = rows * (N * C) + first + channels
         gs = ()
         xs = ()
         for o in tl.static_range(N):
@@ -115,7 +122,7 @@ def site_boundary_kernel(
         du = tl.load(du_ptr + columns, mask=there, other=0.0).to(tl.float32)
         dy = tl.zeros((BT, 32), dtype=tl.float32)
         new = ()
-        phi = tl.load(phi_ptr + phi_offsets + first + step, mask=real, other=0.0)
+        phi = tl.load(phi_ptr + phi_offsets + first, mask=real, other=0.0)
         total = dot(dm, phi, tl.zeros((2 * BT, 16 * N), dtype=tl.float32))
         if TWO:
             total = dot(low, phi, total)
@@ -133,19 +140,36 @@ def site_boundary_kernel(
             new = new + (sums[i * (SUMS // N)] + thread_sums(value * y, BT),)
             for j in tl.static_range(SUMS // N - 1):
                 new = new + (sums[i * (SUMS // N) + 1 + j] + thread_sums(value * xs[j].to(tl.float32), BT),)
+        if DOTS:
+            new = new + (sums[SUMS] + thread_sums(du * y, BT),)
+            for j in tl.static_range(N):
+                new = new + (sums[SUMS + 1 + j] + thread_sums(du * xs[j].to(tl.float32), BT),)
         sums = new
         tl.store(dy_ptr + columns, dy.to(dy_ptr.dtype.element_ty), mask=there)
     # One reduction over the threads of a token for all sums: sums[i (1 + N)] is dq_i, the N behind it dH'[i, j].
     PADDED: tl.constexpr = 4 * N if not HAS_RES else 8 * N
-    for _ in tl.static_range(PADDED - SUMS):
+    new = ()
+    for i in tl.static_range(SUMS):
+        new = new + (sums[i],)
+    for i in tl.static_range(N if DOTS else 0):
+        total = q[i] * sums[SUMS]
+        if HAS_RES:
+            for j in tl.static_range(N):
+                total += mix[j * N + i if TRANSPOSE else i * N + j] * sums[SUMS + 1 + j]
+        else:
+            total += sums[SUMS + 1 + i]
+        new = new + (total,)
+    sums = new
+    for _ in tl.static_range(PADDED - COLUMNS):
         sums = sums + (tl.zeros((BT, 4), dtype=tl.float32),)
     packed = tl.reshape(tl.sum(side_by_side(sums), axis=1), (BT, PADDED))
     cell = tl.reshape(places(PADDED), (PADDED,))
     stream = cell // (SUMS // N)
     other = cell % (SUMS // N) - 1
     place = tl.where(other < 0, stream, N + (other * N + stream if TRANSPOSE else stream * N + other))
-    out = sums_ptr + ((program % SPANS).to(tl.int64) * tokens + base) * SUMS + rows * SUMS + place[None, :]
-    tl.store(out, packed, mask=there & (cell < SUMS)[None, :])
+    place = tl.where(cell < SUMS, place, cell)
+    out = sums_ptr + ((program % SPANS).to(tl.int64) * tokens + base) * COLUMNS + rows * COLUMNS + place[None, :]
+    tl.store(out, packed, mask=there & (cell < COLUMNS)[None, :])
 
 
 def refusal(streams: Tensor) -> str:
@@ -172,12 +196,18 @@ def partial_sums(width: int) -> int:
     return width // config(width)["SPAN"]
 
 
+def sums_of(n: int, mix: Tensor | None, dots: bool) -> int:
+    """Dot products of a token."""
+    return n + (0 if mix is None else n * n) + (n if dots else 0)
+
+
 @kernel_op("site_boundary")
 def site_boundary(
     grad: Tensor, h_res: Tensor | None, du: Tensor, h_pre: Tensor, dm: Tensor, phi: Tensor, multiple: Tensor,
-    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool,
+    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool, dots: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dX [..., n, C], dy [..., C], partial sums [S, T, n + n^2] float32 of dq and, flat, of dH').
+    """(dX [..., n, C], dy [..., C], partial sums [S, T, n + n^2] float32 of dq and, flat, of dH', with `dots` n more of
+    dh_pre).
 
     Site l: grad dX' [..., n, C], h_res [..., n, n] or None, du [..., C], h_pre [..., n], dm [T, 2 KP], phi [KP, n, C]
     from `dealt_phi`, multiple [T]. Site l - 1: streams [..., n, C], y [..., C], h_post
@@ -187,9 +217,7 @@ def site_boundary(
     tokens, n, width = x.shape
     most = min(phi.shape[0], n * (n + 2))  # rows of phi that are not padding, whatever the layout
     out, dy = torch.empty_like(g), torch.empty_like(branch)
-    sums = torch.empty(
-        (partial_sums(width), tokens, n if mix is None else n + n * n), dtype=torch.float32, device=x.device
-    )
+    sums = torch.empty((partial_sums(width), tokens, sums_of(n, mix, dots)), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
         settings = config(width)
         grid = (triton.cdiv(tokens, settings["BT"]) * (width // settings["SPAN"]),)
@@ -198,7 +226,7 @@ def site_boundary(
             x if h_res is None else by_token(h_res, 2), by_token(du, 1), by_token(h_pre, 1), dm.contiguous(),
             phi.contiguous(), multiple.contiguous(), out, dy, sums, tokens, C=width, CP=phi.shape[2], N=n,
             KP=phi.shape[0], WIDTH=dm.shape[1], K=most, HAS_RES=mix is not None, TRANSPOSE=transpose,
-            TWO=dm.shape[1] == 2 * phi.shape[0], **settings,
+            TWO=dm.shape[1] == 2 * phi.shape[0], DOTS=dots, **settings,
         )  # fmt: skip
     return out.view(grad.shape), dy.view(y.shape), sums
 
@@ -206,12 +234,10 @@ def site_boundary(
 @site_boundary.register_fake
 def _(
     grad: Tensor, h_res: Tensor | None, du: Tensor, h_pre: Tensor, dm: Tensor, phi: Tensor, multiple: Tensor,
-    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool,
+    streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool, dots: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    n = streams.shape[-2]
-    sums = (partial_sums(streams.shape[-1]), dm.shape[0], n if mix is None else n + n * n)
+    sums = (partial_sums(streams.shape[-1]), dm.shape[0], sums_of(streams.shape[-2], mix, dots))
     return grad.new_empty(grad.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
-
 
 
 
@@ -248,51 +274,70 @@ def find(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
+def _gate_gradient(source: fx.Node, node: fx.Node) -> fx.Node | None:
+    """The `pre_dots` of the gradient's own state and branch input, where nobody reads it before `node`."""
+    before = arguments(source)
+    for dots in before["du"].users:
+        if not _calls(dots, "pre_dots"):
+            continue
+        named = arguments(dots)
+        alike = named["grad"] is before["du"] and named["streams"] is before["streams"]
+        if alike and all(node < user for user in dots.users):
+            return dots
+    return None
+
+
 def merge(graph: fx.Graph, log: LoweringLog) -> int:
     """Replace every pair found by one call; returns how many."""
     pairs = find(graph)
     for source, node in pairs:
         before, named = arguments(source), arguments(node)
+        gate = _gate_gradient(source, node)
         values = [before[name] for name in ("grad", "h_res", "du", "h_pre", "dm", "phi", "multiple")]
         values += [named[name] for name in ("streams", "y", "h_post", "h_res", "transpose")]
+        values.append(gate is not None)
         d_streams, dy, sums = insert_function(node, torch.ops.mhc_kernel.site_boundary.default, values)
         source.replace_all_uses_with(d_streams)
-        _give_sums(node, sums)
+        _give_sums(node, gate, sums)
         for user in node.users:
             if user.args[1] == 0:
                 user.replace_all_uses_with(dy)
-        log.record("site boundary", "fused", "stream gradient + dot products of the post before")
+        what = "stream gradient + dot products of the post before" + (" + gradient of the gate" if gate else "")
+        log.record("site boundary", "fused", what)
     if pairs:
         graph.eliminate_dead_code()
     return len(pairs)
 
 
-def _reader(node: fx.Node) -> fx.Node | None:
-    """The one `logits_backward` that reads `node`, directly or through views; None if anything else does."""
+def _reader(node: fx.Node, name: str) -> fx.Node | None:
+    """The one `logits_backward` that takes `node` as its argument `name`, directly or through views; None if anything
+    else reads it."""
     while len(node.users) == 1:
         (user,) = node.users
         if _calls(user, "logits_backward"):
-            return user
+            return user if arguments(user)[name] is node else None
         if user.target not in VIEWS:
             return None
         node = user
     return None
 
 
-def _give_sums(node: fx.Node, sums: fx.Node) -> None:
-    """Hand the partial sums to the readers of what `node`, `post_dots`, gave: whole, where one `logits_backward` reads
-    all of it; else added up and apart."""
-    users = {user.args[1]: user for user in node.users if user.args[1] != 0 and user.users}
+def _give_sums(node: fx.Node, gate: fx.Node | None, sums: fx.Node) -> None:
+    """Hand the partial sums to the readers of what `node`, `post_dots`, and `gate`, `pre_dots`, gave: whole, where one
+    `logits_backward` reads all of it; else added up and apart."""
     n, width = fake(node.args[3]).shape[-1], fake(sums).shape[2]
-    logits, *more = {_reader(user) for user in users.values()} or {None}
-    if logits is not None and not more and len(users) == (2 if width > n else 1):
-        give(logits, arguments(logits) | {"d_post": sums, "d_res": None})
+    own = width - (n if gate is not None else 0)
+    results = {user.args[1]: user for user in node.users}
+    columns = [("d_post", results.get(1), 0, n), ("d_res", results.get(2), n, own), ("d_pre", gate, own, width)]
+    read = [(name, value, start, end) for name, value, start, end in columns if value is not None and value.users]
+    logits, *more = {_reader(value, name) for name, value, _, _ in read} or {None}
+    if logits is not None and not more and sum(end - start for _, _, start, end in read) == width:
+        give(logits, arguments(logits) | {name: None for name, _, _, _ in read} | {"d_post": sums})
         return
-    for index, user in users.items():
-        start, end = (0, n) if index == 1 else (n, width)
-        value = fake(user)
+    for _, value, start, end in read:
+        like = fake(value)
 
-        def part(total: Tensor, start: int = start, end: int = end, value: Tensor = value) -> Tensor:
-            return total.sum(0)[:, start:end].reshape(value.shape).to(value.dtype)
+        def part(total: Tensor, start: int = start, end: int = end, like: Tensor = like) -> Tensor:
+            return total.sum(0)[:, start:end].reshape(like.shape).to(like.dtype)
 
-        user.replace_all_uses_with(insert_function(node, part, [sums]))
+        value.replace_all_uses_with(insert_function(node, part, [sums]))

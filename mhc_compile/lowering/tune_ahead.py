@@ -27,7 +27,7 @@ def two_sites(n: int) -> Callable[..., Tensor]:
         state = torch.ops.mhc.expand.default(x, n)
         for _ in range(2):
             pre, post, res, _ = torch.ops.mhc.coefficients.default(state, phi, bias, alpha, alpha, alpha, **attributes)
-            u, _ = torch.ops.mhc.pre_norm.default(state, pre, norm, None, "rms", 1e-6, 0.0, True)
+            u, *_ = torch.ops.mhc.pre_norm.default(state, pre, norm, None, "rms", 1e-6, 0.0, True)
             state = torch.ops.mhc.post.default(state, u @ weight, post, res, False)
         out: Tensor = torch.ops.mhc.collapse.default(state, "mean")
         return out

@@ -4,8 +4,12 @@
     out = z (offset + weight) + bias
 
 u is rounded to the dtype of X before it is normalised, as it is when pre stands alone. Least traffic: n + 1 u forward
-(u itself is never written); 2n + 1 u backward (read X and dY, write dX). The second result, `statistics` [..., 1] (rms:
+(u itself is not written); 2n + 1 u backward (read X and dY, write dX). The second result, `statistics` [..., 1] (rms:
 1 / root) or [..., 2] (layer: mean, 1 / root), is not differentiable: the backward needs it, a few bytes a token.
+
+With `keep` the third result is u, not differentiable either and empty otherwise: its backward then reads u where it
+would mix the streams again. That pays where the gate is known before the streams are (`single_pass`), since nothing of
+the norm's backward needs X then but dh_pre, which the pass over the site boundary gives (`lowering.site_boundary`).
 """
 
 from __future__ import annotations
@@ -52,15 +56,18 @@ def native(
     eps: float,
     offset: float,
     round_first: bool,
-) -> tuple[Tensor, Tensor]:
-    """X [..., n, C], h_pre [..., n], weight [C]?, bias [C]? -> (out [..., C] in the dtype of X, statistics).
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X [..., n, C], h_pre [..., n], weight [C]?, bias [C]? -> (out [..., C] in the dtype of X, statistics, u [..., C]
+    with `keep`, else empty).
 
     `offset` only counts with a weight. `round_first`: z is rounded to the dtype of X before it meets the weight.
     Raises ValueError for a weight or a bias of another shape, or an unknown kind.
     """
     _check(streams, weight, bias, kind)
     dtype = compute_dtype(streams, h_pre, weight, bias)
-    u = pre_native(streams, h_pre).to(dtype)
+    mixed = pre_native(streams, h_pre)
+    u = mixed.to(dtype)
     if kind == "rms":
         statistics = torch.rsqrt((u * u).mean(-1, keepdim=True) + eps)
     else:
@@ -74,7 +81,7 @@ def native(
         out = out * _gain(weight, offset, dtype)
     if bias is not None:
         out = out + bias.to(dtype)
-    return out.to(streams.dtype), statistics
+    return out.to(streams.dtype), statistics, mixed if keep else unneeded(mixed)
 
 
 @without_autocast
@@ -85,13 +92,15 @@ def native_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor,
+    mixed: Tensor | None,
     kind: str,
     eps: float,
     offset: float,
     round_first: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dY [..., C] -> (dX, dh_pre, dweight, dbias); `needs` in that order, an unneeded or absent one is empty.
+    """dY [..., C] -> (dX, dh_pre, dweight, dbias); `needs` in that order, an unneeded or absent one is empty. `mixed`
+    is u where it was kept.
 
     g = dY (offset + weight)     du = r (g - z mean(g z) [- mean(g)])     dweight = sum over tokens of dY z
 
@@ -101,7 +110,7 @@ def native_backward(
     dtype = compute_dtype(streams, h_pre, weight, bias)
     g = grad.to(dtype)
     width = streams.shape[-1]
-    z = _normalised(pre_native(streams, h_pre).to(dtype), statistics)
+    z = _normalised((pre_native(streams, h_pre) if mixed is None else mixed).to(dtype), statistics)
     d_streams, d_pre = unneeded(streams), unneeded(h_pre)
     d_weight = unneeded(streams if weight is None else weight)
     d_bias = unneeded(streams if bias is None else bias)
@@ -126,27 +135,39 @@ _ATTRIBUTES = "str kind, float eps, float offset, bool round_first"
 
 
 @torch.library.custom_op(
-    "mhc::pre_norm", mutates_args=(), schema=f"({_NORM}, {_ATTRIBUTES}) -> (Tensor out, Tensor statistics)"
+    "mhc::pre_norm",
+    mutates_args=(),
+    schema=f"({_NORM}, {_ATTRIBUTES}, bool keep=False) -> (Tensor out, Tensor statistics, Tensor mixed)",
 )
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    out, statistics = native(*args)
-    return out.contiguous(), statistics.contiguous()
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, statistics, mixed = native(*args)
+    return out.contiguous(), statistics.contiguous(), mixed.contiguous()
 
 
 @_forward.register_fake
 def _(
-    streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, *_: Any
-) -> tuple[Tensor, Tensor]:
+    streams: Tensor,
+    h_pre: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    round_first: bool,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check(streams, weight, bias, kind)
     batch = streams.shape[:-2]
     dtype = compute_dtype(streams, h_pre, weight, bias)
-    return streams.new_empty((*batch, streams.shape[-1])), streams.new_empty((*batch, STATISTICS[kind]), dtype=dtype)
+    out = streams.new_empty((*batch, streams.shape[-1]))
+    statistics = streams.new_empty((*batch, STATISTICS[kind]), dtype=dtype)
+    return out, statistics, streams.new_empty(out.shape) if keep else unneeded(streams)
 
 
 @torch.library.custom_op(
     "mhc::pre_norm_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_NORM}, Tensor statistics, {_ATTRIBUTES}, bool[] needs) -> "
+    schema=f"(Tensor grad, {_NORM}, Tensor statistics, Tensor? mixed, {_ATTRIBUTES}, bool[] needs) -> "
     "(Tensor d_streams, Tensor d_h_pre, Tensor d_weight, Tensor d_bias)",
 )
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,20 +186,20 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.attributes = inputs[4:]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *attributes, keep = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], output[1], output[2] if keep else None)
+    ctx.attributes = attributes
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
-    *tensors, statistics = ctx.saved_tensors
+        return (None,) * 9
     needs = [bool(needed) for needed in ctx.needs_input_grad[:4]]
-    gradients = torch.ops.mhc.pre_norm_backward.default(grad, *tensors, statistics, *ctx.attributes, needs)
-    return (*(keep(needed, gradient) for needed, gradient in zip(needs, gradients, strict=True)), *(None,) * 4)
+    gradients = torch.ops.mhc.pre_norm_backward.default(grad, *ctx.saved_tensors, *ctx.attributes, needs)
+    return (*(keep(needed, gradient) for needed, gradient in zip(needs, gradients, strict=True)), *(None,) * 5)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)

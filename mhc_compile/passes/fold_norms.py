@@ -9,6 +9,9 @@ What is found is said in ``patterns.pre_norm``. The new node stands where the no
 tags of the ``pre`` (a checkpoint's of the user), whatever those of the norm were. The plan of ``recompute`` is made
 afterwards, of what is there then: what is folded never depends on it, and the bits do not either. A ``pre`` that is
 left has its reason in the notes; it is no refusal, the model is the same.
+
+Where the gate is there before the state is (``single_pass``) the op keeps u for its backward, which has another way to
+the gate's gradient then than to read X once more.
 """
 
 from __future__ import annotations
@@ -134,8 +137,16 @@ def _replace(gm: fx.GraphModule, pre: fx.Node, norm: BranchNorm) -> None:
             norm.eps,
             norm.offset,
             norm.round_first,
+            _is_known_before(pre),
         )
         new = builder.call(operator.getitem, both, 0)
     norm.out.replace_all_uses_with(new)
     for node in reversed((pre, *norm.inside)):
         gm.graph.erase_node(node)
+
+
+def _is_known_before(pre: fx.Node) -> bool:
+    """True where the gate of a ``pre`` is computed before the ``post`` that makes its state."""
+    state, gate = pre.args[:2]
+    assert isinstance(state, fx.Node)
+    return state.target is ops.post.overload and isinstance(gate, fx.Node) and gate < state

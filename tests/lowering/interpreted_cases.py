@@ -133,18 +133,23 @@ def test_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead: tupl
     weight = (torch.randn(width) * 0.3 + 1 - offset).to(dtype) if weighted else None
     bias = torch.randn(width).to(dtype) if biased else None
     attributes = (kind, 1e-5, offset, round_first)
-    out, statistics = pre_norm.forward(x, p, weight, bias, *attributes)
-    want = ops.pre_norm.native(double(x), double(p), double(weight), double(bias), *attributes)
-    check(out, want[0], 2 * RMS[dtype])  # u, z and the result are rounded one after the other
-    check(statistics, want[1], RMS[dtype])
     needs = [True, True, weighted, biased]
-    got = pre_norm.backward(g, x, p, weight, bias, statistics, *attributes, needs)
-    tensors = tuple(map(double, (g, x, p, weight, bias, want[1])))
-    want = ops.pre_norm.native_backward(*tensors, *attributes, needs)
-    if n == 1:  # a norm forgets the scale of its input: dh_pre is what rounding leaves of zero
-        assert float(got[1].abs().max()) <= RMS[dtype] * float(x.double().norm() * g.double().norm())
-        got, want = (got[0], *got[2:]), (want[0], *want[2:])
-    check(got, want, 2 * RMS[dtype])
+    firsts = []
+    for keep in (False, True):
+        out, statistics, mixed = pre_norm.forward(x, p, weight, bias, *attributes, keep)
+        want = ops.pre_norm.native(double(x), double(p), double(weight), double(bias), *attributes, keep)
+        check(out, want[0], 2 * RMS[dtype])  # u, z and the result are rounded one after the other
+        check((statistics, mixed), want[1:], RMS[dtype])
+        firsts.append((out, statistics))
+        kept = mixed if keep else None
+        got = pre_norm.backward(g, x, p, weight, bias, statistics, kept, *attributes, needs)
+        tensors = tuple(map(double, (g, x, p, weight, bias, want[1], want[2] if keep else None)))
+        want = ops.pre_norm.native_backward(*tensors, *attributes, needs)
+        if n == 1:  # a norm forgets the scale of its input: dh_pre is what rounding leaves of zero
+            assert float(got[1].abs().max()) <= RMS[dtype] * float(x.double().norm() * g.double().norm())
+            got, want = (got[0], *got[2:]), (want[0], *want[2:])
+        check(got, want, 2 * RMS[dtype])
+    assert all(torch.equal(one, other) for one, other in zip(*firsts, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -159,10 +164,11 @@ def test_post_pre_norm(which: str, n: int, width: int, dtype: torch.dtype, lead:
     weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype) if biased else None
     for mix, transpose in ((h, False), (h, True), (None, False)):
         norm = (weight, bias, kind, 1e-5, offset, round_first)
-        state, out, statistics = post_pre_norm.forward(x, y, q, mix, transpose, p, *norm)
-        alone = post.forward(x, y, q, mix, transpose)
-        assert torch.equal(state, alone)
-        check((out, statistics), pre_norm.forward(alone, p, *norm), 1e-6 if dtype == torch.float32 else 1e-3)
+        for keep in (False, True):
+            state, *rest = post_pre_norm.forward(x, y, q, mix, transpose, p, *norm, keep)
+            alone = post.forward(x, y, q, mix, transpose)
+            assert torch.equal(state, alone)
+            check(rest, pre_norm.forward(alone, p, *norm, keep), 1e-6 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize(("n", "width", "dtype", "lead"), [CASES[0], CASES[2], CASES[6]])
@@ -182,17 +188,19 @@ def test_replay(count: int, n: int, width: int, dtype: torch.dtype, lead: tuple[
 
 def test_pre_norm_of_a_gradient_in_parts() -> None:
     x, p, parts = torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4), [torch.randn(6, 32) for _ in range(3)]
-    _, statistics = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
+    _, statistics, _ = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
     rest = (x, p, None, statistics, "rms", 0.0, False, True, False, False)
     for count in (2, 3):
         whole = pre_norm.dots(sum(parts[:count]), *rest)
         check(pre_norm.dots(parts[0], *rest, *parts[1:count])[:2], whole[:2], 1e-6)
+    kept = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False, True)[2]
+    check(pre_norm.dots(parts[0], *rest, mixed=kept)[:2], pre_norm.dots(parts[0], *rest)[:2], 1e-6)
 
 
 def test_pre_norm_without_what_nobody_needs() -> None:
     x, p, g = torch.randn(3, 4, 32), torch.randn(3, 4), torch.randn(3, 32)
-    _, statistics = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
-    got = pre_norm.backward(g, x, p, None, None, statistics, "rms", 1e-5, 0.0, False, [True, False, False, False])
+    _, statistics, _ = pre_norm.forward(x, p, None, None, "rms", 1e-5, 0.0, False)
+    got = pre_norm.backward(g, x, p, None, None, statistics, None, "rms", 1e-5, 0.0, False, [True, False, False, False])
     assert [value.numel() for value in got] == [x.numel(), 0, 0, 0]
 
 
@@ -279,9 +287,9 @@ def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dt
     halves = torch.zeros(tokens, 2 * padded, dtype=dtype)
     halves[:, :rows] = dm.to(dtype)
     halves[:, padded : padded + rows] = (dm - dm.to(dtype).float()).to(dtype)
-    got = site_boundary.site_boundary(
-        grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose
-    )
+    args = (grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose)
+    got, more = site_boundary.site_boundary(*args), site_boundary.site_boundary(*args, True)
+    assert all(torch.equal(one, other) for one, other in zip(got[:2], more[:2], strict=True))
     g, x, y, du, p, q, c, dm = (value.double() for value in (grad, x, y, du, p, q, c, dm))
     eye = torch.eye(n, dtype=torch.float64).expand(tokens, n, n)
     to, back = (eye if m is None else m.double().mT if transpose else m.double() for m in (h, mix))
@@ -292,3 +300,6 @@ def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dt
     flat = (d_mix.mT if transpose else d_mix).reshape(tokens, -1)
     sums = torch.cat([(dx * y[:, None]).sum(-1), flat], 1) if mixed else (dx * y[:, None]).sum(-1)
     check((got[0], got[1], got[2].sum(0)), (dx, (q[..., None] * dx).sum(1), sums), RMS[dtype])
+    gate = (state * du[:, None]).sum(-1)
+    check(more[2].sum(0), torch.cat((sums, gate), 1), RMS[dtype])
+    check(more[2].sum(0)[:, -n:], gate, 1e-5)

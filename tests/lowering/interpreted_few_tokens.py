@@ -76,7 +76,7 @@ def both(x: Tensor, given: Tensor | None, spec: CoefficientSpec, parameters: lis
     gate = pre if given is None else given.double()
     if kind == "none":
         return ops.pre.native(double(x), gate), None, pre, post_, res, projection
-    out, statistics = ops.pre_norm.native(double(x), gate, double(weight), double(bias), kind, *attributes)
+    out, statistics, _ = ops.pre_norm.native(double(x), gate, double(weight), double(bias), kind, *attributes)
     return out, statistics, pre, post_, res, projection
 
 
@@ -166,7 +166,7 @@ def chain(x: Tensor, w: Tensor, sites: list[tuple[Tensor, ...]], variant: str = 
         if norm == "none":
             u = torch.ops.mhc.pre.default(state, gate)
         else:
-            u, _ = torch.ops.mhc.pre_norm.default(state, gate, weight, None, norm, 1e-6, 0.0, True)
+            u, *_ = torch.ops.mhc.pre_norm.default(state, gate, weight, None, norm, 1e-6, 0.0, True)
         y = torch.nn.functional.silu(u @ w)
         state = torch.ops.mhc.post.default(state, y, post_, None if variant == "identity" else res, False)
     return torch.ops.mhc.collapse.default(state, "mean")

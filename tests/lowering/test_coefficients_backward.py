@@ -29,7 +29,7 @@ def test_logits_backward() -> None:
         "early_inner",
         "early_sums",
     )
-    constants = {"TOTAL": 4 * WIDTH, "WIDTH": 64, "TOKENS": 8, "STAGE": 0, "STRIDE": 4, "PARTS": 1}
+    constants = {"TOTAL": 4 * WIDTH, "WIDTH": 64, "TOKENS": 8, "STAGE": 0, "STRIDE": 4, "PRE_STRIDE": 4, "PARTS": 1}
     constants |= dict.fromkeys(("HAS_PRE", "HAS_POST", "HAS_RES", "TWO"), True)
     constants |= coefficients.activation_constants(CoefficientSpec())
     pointers = {f"{name}_ptr": FP32 for name in names} | {"dm_ptr": BF16}

@@ -64,7 +64,8 @@ def _compiled(stage: int) -> Any:
         "d_pre", "d_post", "d_res", "projection", "bias", "alpha_pre", "alpha_post", "alpha_res", "multiple", "sums",
         "early_inner", "early_sums",
     )  # fmt: skip
-    constants = {"TOTAL": 4 * WIDTH, "WIDTH": 64, "TOKENS": 8, "STAGE": stage, "STRIDE": 4, "PARTS": 1, "TWO": True}
+    constants = {"TOTAL": 4 * WIDTH, "WIDTH": 64, "TOKENS": 8, "STAGE": stage, "TWO": True}
+    constants |= {"STRIDE": 4, "PRE_STRIDE": 4, "PARTS": 1}
     constants |= {"HAS_PRE": stage != 1, "HAS_POST": stage != 2, "HAS_RES": stage != 2}
     constants |= coefficients.activation_constants(CoefficientSpec())
     pointers = {f"{name}_ptr": FP32 for name in names} | {"dm_ptr": BF16, "early_dm_ptr": BF16}

@@ -40,7 +40,7 @@ SPEC = ops.CoefficientSpec(streams=4).op_arguments()
 
 def site(x: Any, phi: Any, bias: Any, alpha: Any, weight: Any) -> Any:
     pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **SPEC)
-    y, _ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", 1e-6, 0.0, True)
+    y, *_ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", 1e-6, 0.0, True)
     return torch.ops.mhc.post.default(x, y, post, res, False)
 
 
@@ -86,7 +86,7 @@ def test_three_sites_of_one_length(kind: str) -> None:
         for _ in range(3):
             pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **SPEC)
             mix = gate if kind == "single_pass" else pre
-            y, _ = torch.ops.mhc.pre_norm.default(x, mix, weight, None, "rms", 1e-6, 0.0, True)
+            y, *_ = torch.ops.mhc.pre_norm.default(x, mix, weight, None, "rms", 1e-6, 0.0, True)
             x, gate = torch.ops.mhc.post.default(x, y, post, res, False), pre
         return x
 
@@ -151,7 +151,7 @@ def test_more_than_2_31_elements() -> None:
     x[-1] = 3.0
     gate, mix = torch.full((tokens, n), 1 / n), torch.eye(n).expand(tokens, n, n).contiguous()
     assert pre.forward(x, gate)[-2:, 0].tolist() == [1.0, 3.0]
-    _, statistics = pre_norm.forward(x, gate, None, None, "rms", 0.0, 0.0, False)
+    _, statistics, _ = pre_norm.forward(x, gate, None, None, "rms", 0.0, 0.0, False)
     assert statistics[-2:].flatten().tolist() == pytest.approx([1, 1 / 3])
     out = post.forward(x, x[:, 0], gate, mix, False)
     assert out[-2:, -1, -1].tolist() == [1.125, 3.375]

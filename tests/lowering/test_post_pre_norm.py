@@ -20,10 +20,10 @@ def test_registers() -> None:
 
     config = pre_norm.config(WIDTH)
     warps = config.pop("num_warps")
-    pointers = dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "state_ptr", "out_ptr"), BF16)
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "state_ptr", "out_ptr", "mixed_ptr"), BF16)
     pointers |= dict.fromkeys(("post_ptr", "res_ptr", "pre_ptr", "statistics_ptr"), FP32)
     constants = {"C": WIDTH, "N": 4, "HAS_RES": True, "TRANSPOSE": False, "LAYER": False, "EPS": 1e-6, "OFFSET": 0.0}
-    constants |= {"ROUND": True, "WEIGHT": True, "BIAS": False, **config}
+    constants |= {"ROUND": True, "WEIGHT": True, "BIAS": False, "KEEP": True, **config}
     made = compile_for_hopper(post_pre_norm.post_pre_norm_kernel, pointers, {}, constants, num_warps=warps)
     assert (made.stack, made.registers <= 128) == (0, True)
 

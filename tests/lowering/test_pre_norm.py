@@ -18,21 +18,24 @@ def test_registers(width: int) -> None:
 
     config = pre_norm.config(width)
     warps = config.pop("num_warps")
-    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), BF16)
+    pointers = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "mixed_ptr"), BF16)
     pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr"), FP32)
-    constants = {"C": width, "EPS": 1e-6, "BIAS": False, **ATTRIBUTES, **config}
+    constants = {"C": width, "EPS": 1e-6, "BIAS": False, "KEEP": True, **ATTRIBUTES, **config}
     made = compile_for_hopper(pre_norm.pre_norm_kernel, pointers, {}, constants, num_warps=warps)
     assert made.stack == 0
     assert made.registers <= 64, "forward: many programs a multiprocessor hide the loads of each other"
 
     config = pre_norm.backward_config(width)
     warps = config.pop("num_warps")
-    pointers = dict.fromkeys(("grad_ptr", "second_ptr", "third_ptr", "x_ptr", "weight_ptr", "du_ptr"), BF16)
+    names = ("grad_ptr", "second_ptr", "third_ptr", "x_ptr", "mixed_ptr", "weight_ptr", "du_ptr")
+    pointers = dict.fromkeys(names, BF16)
     pointers |= dict.fromkeys(("pre_ptr", "statistics_ptr", "d_pre_ptr", "d_weight_ptr", "d_bias_ptr"), FP32)
     constants = {"C": width, "NP": 4, "GRADS": 3, "TOKENS": pre_norm.tokens_a_program(width), **ATTRIBUTES, **config}
-    constants |= {"NEED_PRE": True, "NEED_WEIGHT": True, "NEED_BIAS": False}
-    made = compile_for_hopper(pre_norm.pre_norm_backward_kernel, pointers, TOKENS, constants, num_warps=warps)
-    assert made.stack == 0
+    for kept in (False, True):
+        constants |= {"NEED_PRE": not kept, "GIVEN": kept, "NEED_WEIGHT": True, "NEED_BIAS": False}
+        made = compile_for_hopper(pre_norm.pre_norm_backward_kernel, pointers, TOKENS, constants, num_warps=warps)
+        assert made.stack == 0
+        assert not kept or made.registers <= 128, "with u kept no row of the streams is held"
 
 
 def test_refusals() -> None:

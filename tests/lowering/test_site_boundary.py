@@ -11,8 +11,9 @@ from tests.lowering.hopper import BF16, FP32, TOKENS, WIDTH, compile_for_hopper,
 pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs Triton's compiler")
 
 
+@pytest.mark.parametrize("dots", [False, True])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_two_programs_share_a_multiprocessor(mixed: bool) -> None:
+def test_two_programs_share_a_multiprocessor(mixed: bool, dots: bool) -> None:
     """No spill, at most 255 registers, and the tensor core's results stay out of shared memory within the loop."""
     from mhc_compile.lowering import site_boundary
 
@@ -22,7 +23,7 @@ def test_two_programs_share_a_multiprocessor(mixed: bool) -> None:
     pointers = dict.fromkeys(names, BF16)
     pointers |= dict.fromkeys(("res_ptr", "pre_ptr", "multiple_ptr", "post_ptr", "mix_ptr", "sums_ptr"), FP32)
     constants = {"C": WIDTH, "CP": WIDTH, "N": 4, "KP": 32 if mixed else 16, "K": 24 if mixed else 16, **config}
-    constants |= {"WIDTH": 2 * constants["KP"], "HAS_RES": mixed, "TRANSPOSE": False, "TWO": True}
+    constants |= {"WIDTH": 2 * constants["KP"], "HAS_RES": mixed, "TRANSPOSE": False, "TWO": True, "DOTS": dots}
     made = compile_for_hopper(site_boundary.site_boundary_kernel, pointers, TOKENS, constants, **options)
     assert made.stack == 0
     assert made.registers * 2 * 32 * options["num_warps"] <= 65536

@@ -38,7 +38,7 @@ def call(
     if name == "pre":
         return ops.pre, (state, make(*lead, n)), {}
     if name == "pre_norm":
-        attributes = {"kind": "layer", "eps": 1e-3, "offset": 1.0, "round_first": False}
+        attributes = {"kind": "layer", "eps": 1e-3, "offset": 1.0, "round_first": False, "keep": True}
         return ops.pre_norm, (state, make(*lead, n), make(width), make(width)), attributes
     if name == "post":
         return ops.post, (state, make(*lead, width), make(*lead, n), make(*lead, n, n)), {"transpose": n % 2 == 0}

@@ -55,7 +55,7 @@ def composed(
 def test_it_is_pre_and_torchs_norm(kind: str, offset: float, first: bool, weight: bool, bias: bool) -> None:
     tensors = inputs(weight, bias)
     attributes = (kind, 1e-3, offset, first)
-    out, _ = pre_norm(*tensors, *attributes)
+    out, *_ = pre_norm(*tensors, *attributes)
     want = composed(*tensors, *attributes)
     torch.testing.assert_close(out, want)
     given = [t for t in tensors if t is not None]
@@ -83,7 +83,7 @@ def test_low_precision_is_rounded_where_it_says(
     """u, z of ``round_first`` and the result are rounded, nothing else: the composition in float32 gives the same."""
     tensors = inputs(weight, bias, dtype)
     attributes = (kind, 1e-3, offset, first)
-    out, statistics = pre_norm(*tensors, *attributes)
+    out, statistics, _ = pre_norm(*tensors, *attributes)
     want = composed(*tensors, *attributes)
     assert out.dtype is dtype
     assert statistics.dtype is torch.float32
@@ -99,7 +99,7 @@ def test_the_rounding_of_z_is_seen(first: bool) -> None:
     """Llama's ``weight * z.to(bf16)`` and Gemma's ``(weight * z).to(bf16)`` differ in some elements."""
     x, h = torch.randn(64, 4, 32, dtype=torch.bfloat16), torch.rand(64, 4)
     w = torch.randn(32, dtype=torch.bfloat16)
-    out, _ = pre_norm(x, h, w, None, "rms", 1e-6, 0.0, first)
+    out, *_ = pre_norm(x, h, w, None, "rms", 1e-6, 0.0, first)
     u = pre(x, h).float()
     z = u * torch.rsqrt((u * u).mean(-1, keepdim=True) + 1e-6)
     llama, gemma = w * z.to(torch.bfloat16), (w.float() * z).to(torch.bfloat16)
@@ -117,8 +117,8 @@ def test_opcheck(kind: str, offset: float, first: bool, weight: bool, bias: bool
 def test_statistics_are_what_the_backward_needs_and_carry_no_gradient() -> None:
     x, h, w, b = inputs(True, True)
     u = pre(x, h)
-    _, rms = pre_norm(x, h, w, None, "rms", 1e-3, 0.0, False)
-    _, layer = pre_norm(x, h, w, b, "layer", 1e-3, 0.0, False)
+    _, rms, _ = pre_norm(x, h, w, None, "rms", 1e-3, 0.0, False)
+    _, layer, _ = pre_norm(x, h, w, b, "layer", 1e-3, 0.0, False)
     torch.testing.assert_close(rms, torch.rsqrt(u.square().mean(-1, keepdim=True) + 1e-3))
     variance = u.var(-1, keepdim=True, correction=0)
     torch.testing.assert_close(layer, torch.cat((u.mean(-1, keepdim=True), torch.rsqrt(variance + 1e-3)), -1))
@@ -130,12 +130,12 @@ def test_statistics_are_what_the_backward_needs_and_carry_no_gradient() -> None:
 @pytest.mark.parametrize("wanted", range(4))
 def test_what_nobody_needs_is_empty(kind: str, wanted: int) -> None:
     tensors = [t.detach() for t in inputs(True, True) if t is not None]
-    out, statistics = pre_norm(*tensors, kind, 1e-3, 0.0, False)
+    out, statistics, _ = pre_norm(*tensors, kind, 1e-3, 0.0, False)
     attributes: tuple[Any, ...] = (kind, 1e-3, 0.0, False)
-    everything = native_backward(out, *tensors, statistics, *attributes, [True] * 4)
+    everything = native_backward(out, *tensors, statistics, None, *attributes, [True] * 4)
     needs = [index == wanted for index in range(4)]
     for call in (native_backward, pre_norm.backward_overload):
-        gradients = call(out, *tensors, statistics, *attributes, needs)
+        gradients = call(out, *tensors, statistics, None, *attributes, needs)
         for index, gradient in enumerate(gradients):
             assert gradient.numel() == 0 if index != wanted else torch.equal(gradient, everything[index])
 
@@ -144,7 +144,7 @@ def test_what_nobody_needs_is_empty(kind: str, wanted: int) -> None:
 def test_no_tokens(kind: str) -> None:
     x, h = torch.randn(0, 4, 5, requires_grad=True), torch.randn(0, 4, requires_grad=True)
     w, b = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
-    out, statistics = pre_norm(x, h, w, b, kind, 1e-6, 0.0, False)
+    out, statistics, _ = pre_norm(x, h, w, b, kind, 1e-6, 0.0, False)
     assert out.shape == (0, 5)
     assert statistics.shape == (0, 1 if kind == "rms" else 2)
     out.sum().backward()

@@ -152,7 +152,7 @@ def test_a_weight_that_is_rounded_stays_outside() -> None:
     before = copy_graph(gm)
     assert folded(gm).changed == 1
     (node,) = [node for node in gm.graph.nodes if node.target is ops.pre_norm.overload]
-    assert node.args[2:] == (None, None, "layer", 1e-5, 0.0, False)
+    assert node.args[2:] == (None, None, "layer", 1e-5, 0.0, False, False)
     torch.testing.assert_close(gm(*inputs), before(*inputs), rtol=2 * torch.finfo(BF16).eps, atol=0.0)
 
 
@@ -174,7 +174,7 @@ def test_an_open_batch_and_an_eps_that_is_an_input() -> None:
     for index, eps in enumerate((1e-6, 2e-6, 4e-6)):
         compiled(*state(batch=3 + index), eps)
         (node,) = [node for node in captured[-1].graph.nodes if node.target is ops.pre_norm.overload]
-        assert node.args[2:] == (None, None, "rms", eps, 0.0, False)
+        assert node.args[2:] == (None, None, "rms", eps, 0.0, False, False)
     assert len(captured) == 3  # another eps compiles again
     batch = captured[-1].graph.find_nodes(op="output")[0].args[0][0].meta["example_value"].shape[0]
     assert isinstance(batch, torch.SymInt)
@@ -342,9 +342,12 @@ def checkpointed_branches(layer: nn.Module, x: Tensor) -> Tensor:
     return x + checkpoint(layer.mlp, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("body", [None, checkpointed, checkpointed_branches])
+@pytest.mark.parametrize(
+    ("variant", "body"),
+    [("mhc", None), ("mhc", checkpointed), ("mhc", checkpointed_branches), ("single_pass", None)],
+)
 @pytest.mark.usefixtures("everywhere")
-def test_compiled_with_gradients(body: Any) -> None:
+def test_compiled_with_gradients(variant: str, body: Any) -> None:
     """One training step through AOTAutograd and its partitioner: folded or not it gives the same numbers, and with a
     plan the same bits as without."""
     from mhc_compile.backend import reports
@@ -355,7 +358,7 @@ def test_compiled_with_gradients(body: Any) -> None:
         torch._dynamo.reset()
         torch.manual_seed(3)
         model = Stack([Block() for _ in range(3)], body)
-        options = {"compiler": "aot_eager", "fuse": fuse, "recompute": recompute}
+        options = {"compiler": "aot_eager", "fuse": fuse, "recompute": recompute, "variant": variant}
         out = torch.compile(model, backend="mhc", options=options)(tokens())
         out.square().mean().backward()
         rows.append([out.detach(), *(p.grad for _, p in sorted(model.named_parameters()))])
@@ -365,6 +368,18 @@ def test_compiled_with_gradients(body: Any) -> None:
     for want, got, planned in zip(*rows, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         assert torch.equal(got, planned)
+
+
+@pytest.mark.parametrize(("variant", "kept"), [("mhc", 0), ("single_pass", 4)])
+@pytest.mark.usefixtures("everywhere")
+def test_the_branch_input_is_kept_where_the_gate_is_known_first(variant: str, kept: int) -> None:
+    """In single_pass a site mixes with the gate of the one before. The first has none, but the end has one, with the
+    model's last norm behind it."""
+    model = Stack([Block() for _ in range(2)])
+    _, _, (outcome,) = conversions(model, [tokens()], [{"variant": variant}])
+    assert isinstance(outcome, Conversion)
+    nodes = [node for node in outcome.gm.graph.nodes if node.target is ops.pre_norm.overload]
+    assert (len(nodes), sum(node.args[8] for node in nodes)) == (4, kept)
 
 
 @pytest.mark.usefixtures("everywhere")
