@@ -59,11 +59,12 @@ def ours(x: Tensor, sites: list[Site]) -> Tensor:
 
 
 def single_pass(x: Tensor, sites: list[Site]) -> Tensor:
-    """V4.1: the pre-mix of a site comes from the coefficients of the site before it; one-hot at first."""
+    """V4.1: the pre-mix of a site comes from the coefficients of the site before it; one-hot at first. The op is told
+    what `passes.fold_norms` tells it in a model: u is kept where the gate is known before the streams."""
     pre = torch.nn.functional.one_hot(torch.zeros(x.shape[:-2], dtype=torch.long, device=x.device), STREAMS).float()
-    for phi, bias, a, b, c, weight in sites:
+    for index, (phi, bias, a, b, c, weight) in enumerate(sites):
         following, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, a, b, c, **SPEC.op_arguments())
-        y, *_ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True)
+        y, *_ = torch.ops.mhc.pre_norm.default(x, pre, weight, None, "rms", EPS, 0.0, True, index > 0)
         x = torch.ops.mhc.post.default(x, y, post, res, False)
         pre = following
     return x

@@ -51,7 +51,8 @@ PARTS: dict[str, Part] = {
         ("mhc, single_pass", "mhc", "plain, inductor", "mhc, identity"),
     ),
     "raised": Part(("raised",), ("torch.compile", "mhc")),
-    "decode": Part(("decode",)),
+    "schedule-graphs": Part(("schedule", "--inductor-graphs", "--seconds", "70")),
+    "decode": Part(("decode", "--seconds", "120")),
     "ops": Part(("ops",)),
 }  # fmt: skip
 """What takes longest comes first."""
