@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,3 +333,57 @@ def test_real_tensors_within_a_trace() -> None:
     assert type(found[0]) is torch.Tensor
     assert found[0].tolist() == pytest.approx([2.718281828] * 3)
     assert not found[0].requires_grad
+
+
+def test_a_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's question which tensors a launch writes: answered once for each kernel, constants and dtypes, and asked
+    again for another package's."""
+    from torch._higher_order_ops import triton_kernel_wrap
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asked: list[Any] = []
+
+    def analysis(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> list[str]:
+        asked.append(kernel)
+        return [name for name in kwargs if name.startswith("out")]
+
+    there = [name for name in compat._ANALYSES if hasattr(triton_kernel_wrap, name)]
+    assert there, "torch has moved the analysis of a kernel"
+    for name in there:
+        monkeypatch.setattr(triton_kernel_wrap, name, analysis)
+    compat.remember_kernel_analysis("mhc_compile")
+    compat.remember_kernel_analysis("mhc_compile")  # no memo around the memo
+    remembered = getattr(triton_kernel_wrap, there[0])
+    assert remembered.__wrapped__ is analysis
+
+    def kernel(module: str) -> Any:
+        def body() -> None:
+            """Never run."""
+
+        body.__module__ = module
+        return SimpleNamespace(fn=body)
+
+    with FakeTensorMode():
+        x, wide = torch.empty(4, dtype=torch.bfloat16), torch.empty(4)
+    ours, theirs = kernel("mhc_compile.lowering.post"), kernel("elsewhere.kernels")
+    first = remembered(ours, {"x": x, "out": x, "C": 8}, {})
+    assert first == ["out"]
+    first.append("changed by the caller")
+    assert remembered(ours, {"x": x, "out": x, "C": 8}, {}) == ["out"]
+    assert len(asked) == 1
+    for other in ({"x": wide, "out": x, "C": 8}, {"x": x, "out": x, "C": 9}, {"x": x, "out": x, "C": True}):
+        remembered(ours, other, {})
+    assert len(asked) == 4
+    for _ in range(2):
+        remembered(theirs, {"x": x, "out": x, "C": 8}, {})
+        remembered(ours, {"x": x, "out": object()}, {})
+        remembered(ours, {"x": x, "out": x, "C": 8}, {"x": "descriptor"})
+    assert len(asked) == 10
+
+
+def test_inductor_looks_the_analysis_up_when_it_asks() -> None:
+    """A memo that is put into the module must be the one that is called."""
+    from torch._inductor import ir
+
+    source = inspect.getsource(ir.UserDefinedTritonKernel.__init__)
+    assert any(f"import {name}" in source or f"{name}," in source for name in compat._ANALYSES), source

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mhc_compile.compat import keep_kernel_launches, triton_version
+from mhc_compile.compat import keep_kernel_launches, remember_kernel_analysis, triton_version
 
 from .base import LoweringLog, arguments, device_of, fake
 from .inline import replace_by_function
@@ -106,6 +106,7 @@ def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
     from .launch import KERNEL_OPS, traced_launches
 
     keep_kernel_launches()
+    remember_kernel_analysis(__name__.split(".")[0])
     opened = 0
     for node in [node for node in graph.nodes if node.target in KERNEL_OPS]:
         name = str(node.target).removesuffix(".default")

@@ -122,12 +122,18 @@ def tensors(nodes: Sequence[Any]) -> tuple[fx.Node, ...]:
 
 
 def last_cast(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The node and the casts that are its only reader, in order: the last one is what the others see."""
+    """The node and the casts that are its only reader, in order: the last one is what the others see.
+
+    A cast to a wider type ends it. What was rounded before stays rounded, as in ``u.to(bf16)`` and then the norm's own
+    ``.to(float32)``.
+    """
     chain = [node]
     while len(chain[-1].users) == 1:
         (user,) = chain[-1].users
         op = reading.read(user)
         if op is None or op.kind != "cast":
+            break
+        if reading.dtype(user) != reading.dtype(chain[-1]) and reading.is_lossless(user, chain[-1]):
             break
         chain.append(user)
     return tuple(chain)

@@ -106,3 +106,24 @@ def test_a_result_wider_than_the_streams_keeps_its_dtype() -> None:
     got = raised(Model([Wide(Pieces())]), tokens().to(torch.bfloat16))
     assert (got.ops["pre"], got.ops["post"]) == (1, 1)
     got.assert_same(rtol=1e-2)
+
+
+def test_a_branch_input_that_is_rounded_stays_rounded() -> None:
+    """``.to(bf16)`` and then the norm's own ``.float()``: the first cast is pre's, the second is the norm's. Taken for
+    one, the streams would be widened in memory, and u would skip a rounding."""
+
+    class Rounded(Site):
+        def forward(self, x: Tensor) -> Tensor:
+            pre, post, res = self.gates(x.float())
+            u = (pre.unsqueeze(-1) * x).sum(2).to(x.dtype)
+            wide = u.float()
+            y = torch.tanh(self.branch(wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+            return (res @ x.float() + (post.unsqueeze(-1) * y.unsqueeze(-2)).float()).to(x.dtype)
+
+    torch.manual_seed(0)
+    got = raised(Model([Rounded(Pieces()) for _ in range(2)]), tokens().to(torch.bfloat16))
+    assert (got.ops["pre"], got.ops["post"]) == (2, 2)
+    for node in got.after.graph.nodes:
+        if node.target is torch.ops.mhc.pre.default:
+            assert reading.dtype(node) == reading.dtype(node.args[0]) == torch.bfloat16
+    got.assert_same(rtol=2e-2)
