@@ -120,7 +120,7 @@ def main() -> None:
                 except Exception as error:  # a row of the table, not the end of it
                     results[key] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
                     print(key, results[key]["status"], flush=True)
-    record("decode", results, tokens=arguments.tokens, widths=arguments.width)
+                record("decode", results, quiet=True, tokens=arguments.tokens, widths=arguments.width)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -29,6 +29,20 @@ def median_us(
         end.record()
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) * 1000 for start, end in zip(starts, ends, strict=True))
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int = 12, each: int = 4, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Median milliseconds of each call in each round, on the device: in a round every call runs `warmup` + `each` times
+    in a row, and every other round goes backwards. A GPU that grows warm slows down by several percent: of two calls
+    that are measured one after the other the first has the cooler device."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            microseconds = median_us(calls[name], repeat=each, warmup=warmup, flush=False)
+            found[name].append(microseconds / 1000)
+    return found
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:

@@ -2,25 +2,30 @@
 
 Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM head, forward and backward of a batch of
 2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the
-base. The result is written after every row; a row that would begin after `--seconds` is left out and named.
+base. Each is compiled and measured alone; then all of them step in turns, which is what counts: `step_ms` is the median
+of that and `over_plain` the median of the ratios of a round, with its least and its greatest; `alone_ms` is the first.
+The result is written after every row; a row that would begin after `--seconds` is left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.device import median_us
+from benchmarks.device import in_turns, median_us
 from benchmarks.record import RESULTS, record
 from mhc_compile.backend import mhc
 
+BASE = "plain, inductor"
 ROWS: dict[str, dict[str, Any] | None] = {
-    "plain, inductor": None,
+    BASE: None,
     "mhc": {},
     "mhc, single_pass": {"variant": "single_pass"},
     "mhc, identity": {"variant": "identity"},
@@ -40,9 +45,11 @@ def build(layers: int) -> nn.Module:
 
 
 def measure(options: dict[str, Any] | None, layers: int, tokens: Tensor, profile: bool) -> dict[str, Any]:
+    """A row of its own, and under `step` its training step, to be taken out."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated()
     model = build(layers)
     compiled: Any = torch.compile(model) if options is None else torch.compile(model, backend=mhc, options=options)
 
@@ -61,8 +68,19 @@ def measure(options: dict[str, Any] | None, layers: int, tokens: Tensor, profile
     if profile:
         show_kernels(step)
     return {
-        "step_ms": milliseconds, "compile_s": compile_s, "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "step_ms": milliseconds, "alone_ms": milliseconds, "compile_s": compile_s,
+        "peak_GiB": (torch.cuda.max_memory_allocated() - others) / 2**30, "step": step,
     }  # fmt: skip
+
+
+def compare(results: dict[str, Any], steps: dict[str, Callable[[], object]]) -> None:
+    """All steps in turns: their times, and how much longer than the plain model's they are."""
+    times = in_turns(steps)
+    for name, rounds in times.items():
+        results[name]["step_ms"] = statistics.median(rounds)
+        if BASE in times:
+            ratios = sorted(one / plain - 1 for one, plain in zip(rounds, times[BASE], strict=True))
+            results[name] |= {"over_plain": statistics.median(ratios), "least_and_greatest": [ratios[0], ratios[-1]]}
 
 
 def show_kernels(step: Any) -> None:
@@ -93,6 +111,7 @@ def main() -> None:
     start = time.perf_counter()
     tokens = torch.randint(0, 1024, (arguments.batch, arguments.length), device="cuda")
     results: dict[str, Any] = {}
+    steps: dict[str, Callable[[], object]] = {}
     path = RESULTS / f"{arguments.name}.json"
     shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
     for name, options in ROWS.items():
@@ -105,10 +124,16 @@ def main() -> None:
                 results[name] = measure(options, arguments.layers, tokens, arguments.profile)
             except Exception as error:  # a failing row is a row of the table
                 results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-        base = results.get("plain, inductor", {}).get("step_ms")
+        if "step" in results[name]:
+            steps[name] = results[name].pop("step")
+        base = results.get(BASE, {}).get("step_ms")
         if base and "step_ms" in results[name]:
             results[name]["over_plain"] = results[name]["step_ms"] / base - 1
         print(told(name, results[name]), flush=True)
+        record("step", results, path, quiet=True, **shape)
+    if len(steps) > 1:
+        compare(results, steps)
+        print("in turns:", *(told(name, results[name]) for name in steps), sep="\n", flush=True)
         record("step", results, path, quiet=True, **shape)
     print(f"written: {path}")
 

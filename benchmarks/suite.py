@@ -41,8 +41,7 @@ PARTS: dict[str, Part] = {
     "memory": Part(("memory", "--only", "plain", "off", "memory"), ("off", "memory", "plain"), 400),
     "site": Part(
         ("site",),
-        ("torch.compile, spelled", "mhc, native bodies through inductor", "TileKernels", "mhc", "mhc, single_pass",
-         "mhc, opaque launches"),
+        ("torch.compile, spelled", "mhc, native bodies through inductor", "TileKernels", "mhc", "mhc, single_pass"),
         400,
     ),
     "schedule": Part(("schedule",)),

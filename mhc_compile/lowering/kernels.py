@@ -13,7 +13,7 @@ from torch import fx
 from mhc_compile.compat import keep_kernel_launches, remember_kernel_analysis, triton_version
 
 from .base import LoweringLog, arguments, device_of, fake
-from .inline import replace_by_function
+from .inline import Bodies, replace_by_function
 
 
 def interpreted() -> bool:
@@ -108,6 +108,7 @@ def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
     keep_kernel_launches()
     remember_kernel_analysis(__name__.split(".")[0])
     opened = 0
+    bodies: Bodies = {}
     for node in [node for node in graph.nodes if node.target in KERNEL_OPS]:
         name = str(node.target).removesuffix(".default")
         if interpreted():
@@ -115,7 +116,7 @@ def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
             continue
         try:
             with traced_launches():
-                replace_by_function(node, KERNEL_OPS[node.target], list(arguments(node).values()), prune=False)
+                replace_by_function(node, KERNEL_OPS[node.target], list(arguments(node).values()), False, bodies)
         except (
             Exception
         ) as error:  # torch's tracing of user kernels differs between versions; the opaque call is right too

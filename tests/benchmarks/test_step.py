@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import raised, step
+from benchmarks import device, raised, step
 
 
 def prepare(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[Any, float]) -> None:
@@ -48,6 +48,27 @@ def test_step_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["mhc"]["over_plain"] == pytest.approx(0.05)
     assert results["mhc, single_pass"] == {"status": "failed: RuntimeError: this one breaks"}
     assert results["mhc, identity"] == {"status": "not measured: 25 s were over"}
+
+
+def test_steps_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that slows down by a tenth while it is measured: the ratios do not see it, the single times do."""
+    warmth, order = [1.0], []
+
+    def median_us(call: Any, repeat: int, warmup: int, flush: bool) -> float:
+        order.append(call)
+        warmth[0] += 0.01
+        return call() * 1000 * warmth[0]
+
+    monkeypatch.setattr(device, "median_us", median_us)
+    plain, ours = (lambda: 40.0), (lambda: 42.0)
+    results: dict[str, Any] = {"plain, inductor": {"step_ms": 40.0}, "mhc": {"step_ms": 50.0}}
+    step.compare(results, {"plain, inductor": plain, "mhc": ours})
+    assert order[:4] == [plain, ours, ours, plain]
+    assert results["mhc"]["over_plain"] == pytest.approx(0.05, abs=2e-3)
+    least, greatest = results["mhc"]["least_and_greatest"]
+    assert 0.03 < least < 0.05 < greatest < 0.07
+    assert results["plain, inductor"]["over_plain"] == 0
+    assert 42.0 < results["mhc"]["step_ms"] < 50.0
 
 
 @pytest.mark.parametrize(("module", "rows"), [(step, ["plain, inductor", "mhc"]), (raised, ["eager", "mhc"])])
