@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit() or os.environ.get("BENCHMARK_COMMIT"),
+        "commit": os.environ.get("BENCHMARK_COMMIT") or _commit(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if _is_setting(name)},
         "command": " ".join(["python -m benchmarks." + pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]),
     }

@@ -20,7 +20,7 @@ from mhc_compile.patterns import reading
 from mhc_compile.patterns.axes import expression
 
 LARGE = 1 << 16
-"""Elements of an input above which its token axes are shrunk."""
+"""Elements of an input or a result above which the token axes are shrunk."""
 TOKENS = (2, 3, 2, 2, 2)
 """Sizes that stand in for the token axes."""
 _AS_JUDGED: dict[str, Any] = {"dtype": torch.float64, "device": "cpu", "mix_dtype": None}
@@ -58,7 +58,7 @@ class Judge:
 
     def _judge(self, old: Any, new: Any, inputs: Any, old_nodes: Any, new_nodes: Any) -> str | None:
         self.runs += 1
-        small = _Sizes(inputs)
+        small = _Sizes([*inputs, *old])  # what is expanded has one axis less than the streams
         with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
             for seed in (0, 1):
                 values = _random_inputs(inputs, small, seed)
@@ -78,8 +78,8 @@ class Judge:
 class _Sizes:
     """Small sizes for the token axes (leading, shared by the activations); every symbol gets one as well."""
 
-    def __init__(self, inputs: Sequence[fx.Node]) -> None:
-        shapes = [[expression(s) for s in reading.shape(node)] for node in inputs if reading.is_tensor(node)]
+    def __init__(self, tensors: Sequence[fx.Node]) -> None:
+        shapes = [[expression(s) for s in reading.shape(node)] for node in tensors if reading.is_tensor(node)]
         largest = max(shapes, key=lambda s: (len(s), math.prod(x if isinstance(x, int) else 1 for x in s)), default=[])
         total = math.prod(x if isinstance(x, int) else 64 for x in largest)
         self.symbols: dict[Any, int] = {}

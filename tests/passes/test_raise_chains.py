@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mhc_compile.capture import copy_graph
 from mhc_compile.config import Options
 from mhc_compile.passes.base import PassContext
 from mhc_compile.passes.raise_chains import raise_chains
-from mhc_compile.patterns import reading
+from mhc_compile.patterns import judge, reading
 from tests.spellings.harness import Raised, capture, in_float64, op_of, raised, rounding, run
 from tests.spellings.site import Model, Pieces, Site, model, tokens
 
@@ -234,6 +235,24 @@ def test_a_model_of_real_size_is_judged_on_few_tokens() -> None:
     assert got.reasons == []
     assert got.ops["coefficients"] == 2
     assert got.result.seconds < 5.0
+
+
+def test_no_region_is_judged_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is expanded, and the norm of a collapsed stream, have one axis less than the streams, and as many tokens."""
+    seen: list[int] = []
+    drawn = judge._random_inputs
+
+    def recorded(*args: Any) -> Any:
+        values = drawn(*args)
+        seen.extend(value.numel() for value in values.values() if isinstance(value, torch.Tensor))
+        return values
+
+    monkeypatch.setattr(judge, "_random_inputs", recorded)
+    torch.manual_seed(0)
+    got = raised(Model([Site(Pieces(), width=64) for _ in range(2)]), torch.randn(1, 2048, 64))
+    assert got.reasons == []
+    assert got.ops == {"expand": 1, "coefficients": 2, "pre": 2, "post": 2, "collapse": 1}
+    assert max(seen) <= judge.LARGE
 
 
 def test_a_checkpointed_site_keeps_its_tag() -> None:
