@@ -73,10 +73,11 @@ def test_compiled_site_for_every_length(mode: str) -> None:
     assert {entry.provider for entry in log.entries} <= {"triton", "fused"}, log.entries
 
 
-@pytest.mark.parametrize("kind", ["mhc", "single_pass"])
+@pytest.mark.parametrize("kind", ["mhc", "single_pass", "single_pass, u kept"])
 def test_three_sites_of_one_length(kind: str) -> None:
     """Two boundaries against float64; torch has read off every kernel which tensors it writes (what it cannot read it
     takes for written, and copies)."""
+    kept = "kept" in kind
     from mhc_compile.config import Options
     from mhc_compile.lowering.base import LoweringLog
     from mhc_compile.lowering.inductor import config_patches
@@ -85,8 +86,8 @@ def test_three_sites_of_one_length(kind: str) -> None:
         gate = torch.full(x.shape[:-1], 0.25, device=x.device)
         for _ in range(3):
             pre, post, res, _ = torch.ops.mhc.coefficients.default(x, phi, bias, alpha, alpha, alpha, **SPEC)
-            mix = gate if kind == "single_pass" else pre
-            y, *_ = torch.ops.mhc.pre_norm.default(x, mix, weight, None, "rms", 1e-6, 0.0, True)
+            mix = pre if kind == "mhc" else gate
+            y, *_ = torch.ops.mhc.pre_norm.default(x, mix, weight, None, "rms", 1e-6, 0.0, True, kept)
             x, gate = torch.ops.mhc.post.default(x, y, post, res, False), pre
         return x
 
@@ -110,7 +111,47 @@ def test_three_sites_of_one_length(kind: str) -> None:
     for exact, got in zip(*results, strict=True):
         assert float((exact - got.double()).norm()) <= 0.02 * float(exact.norm())
     assert log.counts()["site boundary", "fused"] == 2
-    assert "identify_mutated_tensors" not in said.getvalue(), said.getvalue()
+    assert sum("gradient of the gate" in entry.reason for entry in log.entries) == (2 if kept else 0)
+    assert "Encountered an exception" not in said.getvalue(), said.getvalue()
+
+
+class Layers(torch.nn.Module):
+    """Pre-norm layers whose backward repeats itself: [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, layers: int = 3, width: int = 256) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(width) for _ in range(2 * layers))
+        self.inner = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(2 * layers))
+
+    def forward(self, x: Any) -> Any:
+        for index, (norm, inner) in enumerate(zip(self.norms, self.inner, strict=True)):
+            y = inner(norm(x))
+            x = x + (y.roll(1, 1) if index % 2 else torch.nn.functional.silu(y))
+        return x
+
+
+@pytest.mark.parametrize("variant", ["mhc", "single_pass", "identity"])
+def test_recompute_gives_the_same_bits(variant: str) -> None:
+    """Output and gradients, two steps each, with every state kept and with a plan that keeps two of them."""
+    from mhc_compile.backend import mhc, reports
+
+    results = []
+    for recompute in ("off", 2 * 2 * 96 * 4 * 256 * 2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = Layers().to(torch.bfloat16), torch.randn(2, 96, 256).to(torch.bfloat16).requires_grad_()
+        options = {"variant": variant, "recompute": recompute, "init": "paper"}
+        compiled = torch.compile(model, backend=mhc, options=options, fullgraph=True)
+        found = []
+        for _ in range(2):
+            out = compiled(x)
+            out.float().square().sum().backward()
+            found.append(out.detach())
+        results.append([*found, x.grad, *(one.grad for _, one in sorted(model.named_parameters()))])
+        changed = next(one.changed for one in reports[-1].passes if one.name == "recompute")
+        assert (changed > 0) == (recompute != "off")
+    for off, on in zip(*results, strict=True):
+        assert torch.equal(off, on)
 
 
 @pytest.mark.parametrize("variant", ["mhc", "single_pass", "identity"])
