@@ -77,7 +77,7 @@ class SinkhornSpec:
 
     def op_arguments(self) -> dict[str, object]:
         """The keyword arguments of `mhc::sinkhorn`."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_op_arguments(cls, arguments: Mapping[str, object]) -> SinkhornSpec:
