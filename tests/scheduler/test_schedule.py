@@ -14,7 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.scheduler import contention as contention_of
 from mhc_compile.scheduler import emit, schedule
+from mhc_compile.scheduler.assign import play
 from mhc_compile.scheduler.contention import Contention, Pair
+from mhc_compile.scheduler.emit import FORK
 from mhc_compile.scheduler.schedule import ScheduleLog, SchedulePass, forks, plan_graph, schedule_patches, using
 from tests.lowering.interpreter import interpreted
 from tests.scheduler.graphs import SIDE, Step, compiled, greedy_buffers, side
@@ -86,6 +88,94 @@ def test_views_of_results_go_behind_the_join_and_views_of_inputs_before_the_fork
     assert list(forks(gm.graph)) == ["mhc_test.side.default"]
     with emit.deferred():
         assert torch.equal(gm(x, w), viewed(x, w))
+
+
+@torch.library.custom_op("mhc_test::slow", mutates_args=())
+def slow(x: Tensor) -> Tensor:
+    """A call of the main stream that a fork cannot pass an argument to: no library's."""
+    return x * 2
+
+
+@slow.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def behind_a_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """Side work that would best start when only calls of ours are left before its reader."""
+    u = x @ w
+    a = u @ w
+    first, _ = side(u, w, 2.0)
+    return slow(slow(a)) + first
+
+
+def without_a_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """Side work with nothing but calls of ours between what it reads and who reads it."""
+    u = slow(x)
+    first, _ = side(u, w, 2.0)
+    return slow(slow(u)) + first
+
+
+def test_a_move_starts_earlier_where_it_has_no_place_later() -> None:
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    gm = graph_of(behind_a_matmul, x, w)
+    plan = plan_graph(gm.graph, table(), forced=True)
+    gm.graph.lint()
+    gm.recompile()
+    (one,) = plan.moves
+    gate = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.mm.default and FORK in _sources(node))
+    assert plan.dag.order[one.fork] == gate.name, "the plan says where it really starts"
+    assert plan.predicted == play(plan.dag, plan.moves, table())[0]
+    with emit.deferred():
+        assert torch.equal(gm(x, w), behind_a_matmul(x, w))
+
+
+def _sources(node: fx.Node) -> list[Any]:
+    return [arg.args[0].target for arg in node.all_input_nodes if arg.target is operator.getitem]
+
+
+def test_a_move_without_a_place_is_not_planned_with() -> None:
+    """Neither in the graph nor in what the plan promises."""
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    gm = graph_of(without_a_matmul, x, w)
+    plan = plan_graph(gm.graph, table(), forced=True)
+    assert (plan.moves, plan.predicted, plan.gain) == ([], plan.serial, 0.0)
+    assert "1 moves have no place in the graph" in plan.reason
+    assert list(forks(gm.graph)) == []
+
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        return behind_a_matmul(without_a_matmul(x, w), w)
+
+    gm = graph_of(both, x, w)
+    plan = plan_graph(gm.graph, table(), forced=True)
+    assert len(plan.moves) == len(list(forks(gm.graph))) == 1
+    assert plan.predicted == play(plan.dag, plan.moves, table())[0]
+    gm.recompile()
+    assert torch.equal(gm(x, w), both(x, w))
+
+
+def test_beside_collectives_a_plan_has_to_promise_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured of the only two plans with collectives that ran lies below what it takes."""
+    real = schedule.from_graph
+
+    def with_a_collective(*args: Any) -> Any:
+        dag = real(*args)
+        first = next(task for task in dag.tasks.values() if task.kind == "matmul")
+        first.kind = "communication"
+        return dag
+
+    monkeypatch.setattr(schedule, "HOST_SECONDS", 0.0)
+    monkeypatch.setattr(schedule, "HOST_MOVE_SECONDS", 0.0)
+    graphs = [graph_of(model, torch.randn(8, 8), torch.randn(8, 8)) for _ in range(4)]
+    monkeypatch.setattr(schedule, "COMMUNICATION_GAIN", 0.9)
+    assert plan_graph(graphs[0].graph, table()).moves
+    monkeypatch.setattr(schedule, "from_graph", with_a_collective)
+    plan = plan_graph(graphs[1].graph, table())
+    assert plan.moves == []
+    assert "below the 90.00%" in plan.reason
+    assert plan_graph(graphs[2].graph, table(), forced=True).moves, "a benchmark may ask for it"
+    monkeypatch.setattr(schedule, "COMMUNICATION_GAIN", 0.0)
+    assert plan_graph(graphs[3].graph, table()).moves
 
 
 @pytest.mark.parametrize("contention", [table(-0.5), table(0.0), Contention("test"), table(1.0, "mhc_test.other")])
