@@ -88,6 +88,7 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
     _, statistics, u = pre_norm.forward(x, p, *norm, True)
     dots = (scale, statistics, "rms", 0.0, True)
     dealt = boundary.dealt_phi(phi, dm.dtype, n)
+    branches = [y, *(bf16(tokens, width) for _ in range(3))]
     boundary_of = (g, h, du, p, dm, dealt, multiple, x, y, q, h, False)
     return {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
@@ -107,7 +108,7 @@ def cases(tokens: int, width: int, n: int = 4) -> dict[str, tuple[Callable[[], o
         "pre_norm_dots, u kept": (lambda: pre_norm.dots(du, x, p, *dots, False, True, False, mixed=u), 3),
         "post_pre_norm": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm), 2 * n + 2),
         "post_pre_norm, u kept": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm, True), 2 * n + 3),
-        "replay of four sites": (lambda: replay.forward(x, [y] * 4, [q] * 4, [h] * 4, False), 5 * n + 4),
+        "replay of four sites": (lambda: replay.forward(x, branches, [q] * 4, [h] * 4, False), 5 * n + 4),
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),

@@ -12,14 +12,16 @@ the main stream count as ``memory``. Of a pair that was not measured nothing is 
 which is one stream. While the main stream waits for communication the pair ``communication`` counts.
 
 Of a few movable tasks every subset is played; of more the search is greedy in the order of the program: a task is moved
-if the predicted end comes earlier. Where it starts is a question of time: as late as still fits before its reader
-(memory is held no longer than needed), or at once if nothing in this graph waits for it; then the main stream waits for
-it only when it has long been done.
+if the predicted end comes earlier. Where it starts is a question of what it runs beside (a matmul of a gradient hides
+little of itself beside another matmul, most of it beside attention), then of memory: as late as still fits before its
+reader, or, if nothing in this graph waits for it, as early as is as good; then the main stream waits for it only when
+it has long been done.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +35,10 @@ EXACT = 8
 """Up to so many moves all subsets are compared."""
 ROOM = 1.25
 """Room left for a side task before its reader, over its predicted time."""
+ALIKE = 0.02
+"""Of what lies between the best and the worst place: one that loses no more than this above the best is as good."""
+LOOKAHEAD = 200.0
+"""A task that nobody waits for is put off by so many times its own time at most: its inputs are held until then."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +89,39 @@ class _Running:
     move: Move
     task: Task
     left: float
+    rates: _Rates
+
+
+class _Rates:
+    """Speeds of a main task of some kind, and of one side task beside it."""
+
+    def __init__(self, contention: Contention, priority: bool, side: Task) -> None:
+        self.contention, self.priority, self.side = contention, priority, side
+        self.known: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, main: str) -> tuple[float, float]:
+        """(main, side), each as a part of what it does alone."""
+        main = main if main in MAIN_KINDS else "memory"
+        if main not in self.known:
+            self.known[main] = self._measured(main)
+        return self.known[main]
+
+    def _measured(self, main: str) -> tuple[float, float]:
+        pair = self.contention.pair(main, self.side.kind, self.side.bytes, self.priority)
+        if pair is None:
+            return (1.0, 0.0) if main == "communication" else (0.0, 1.0)
+        stretch = max(pair.stretch, 1.0 - pair.share)
+        return 1.0 - (1.0 - pair.share) / stretch, 1.0 / stretch
 
 
 class _Clock:
     """Plays a program with moves."""
 
-    def __init__(self, dag: Dag, contention: Contention, priority: bool) -> None:
-        self.dag, self.contention, self.priority = dag, contention, priority
+    def __init__(self) -> None:
         self.now = 0.0
         self.side: list[_Running] = []
         self.done: set[str] = set()
         self.intervals: list[Interval] = []
-
-    def rates(self, main: str, side: Task) -> tuple[float, float]:
-        """Speed of a main task of kind `main` and of a side task beside it."""
-        main = main if main in MAIN_KINDS else "memory"
-        pair = self.contention.pair(main, side.kind, side.bytes, self.priority)
-        if pair is None:
-            return (1.0, 0.0) if main == "communication" else (0.0, 1.0)
-        stretch = max(pair.stretch, 1.0 - pair.share)
-        return 1.0 - (1.0 - pair.share) / stretch, 1.0 / stretch
 
     def _log(self, stream: str, task: Task, start: float) -> None:
         if self.now > start:
@@ -115,7 +134,7 @@ class _Clock:
                 self.now += seconds
                 return
             head = self.side[0]
-            main_rate, side_rate = self.rates(kind, head.task)
+            main_rate, side_rate = head.rates(kind)
             step = head.left / side_rate if side_rate > 0 else seconds / main_rate
             if main_rate > 0:
                 step = min(step, seconds / main_rate)
@@ -145,7 +164,7 @@ def play(
     dag: Dag, moves: Iterable[Move], contention: Contention, priority: bool = False, skipped: Iterable[str] = ()
 ) -> tuple[float, list[Interval]]:
     """(predicted seconds, timeline) of a program with moves; tasks in `skipped` are left out."""
-    clock, moved, left_out = _Clock(dag, contention, priority), {move.task: move for move in moves}, set(skipped)
+    clock, moved, left_out = _Clock(), {move.task: move for move in moves}, set(skipped)
     pending = sorted(moved.values(), key=lambda move: (move.fork, move.join))
     communication: dict[str, float] = {}
     wire = 0.0
@@ -153,7 +172,8 @@ def play(
     for index in range(len(order) + 1):
         while pending and pending[0].fork <= index:
             move = pending.pop(0)
-            clock.side.append(_Running(move, dag.tasks[move.task], dag.tasks[move.task].seconds))
+            task = dag.tasks[move.task]
+            clock.side.append(_Running(move, task, task.seconds, _Rates(contention, priority, task)))
         for move in moved.values():
             if move.join <= index and move.task not in clock.done:
                 clock.finish(move.task)
@@ -186,27 +206,61 @@ def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int, bo
     return first, last, bool(readers) or any(dag.after(one) for one in dag.after(name))
 
 
+def _delay(dag: Dag, task: Task, fork: int, last: int, rates: _Rates) -> float:
+    """Seconds that the main stream loses if a task, with its room, starts at `fork` and is waited for at `last`."""
+    left, lost = ROOM * task.seconds, 0.0
+    for name in itertools.islice(dag.tasks, fork, last):
+        beside = dag.tasks[name]
+        kind, seconds = beside.kind, beside.seconds
+        if name == task.name or kind == "communication":
+            continue  # the main stream goes on at once
+        if kind == "wait":
+            kind = "communication"
+            seconds = sum(dag.tasks[one].seconds for one in dag.before(name) if dag.tasks[one].kind == kind)
+        main_rate, side_rate = rates(kind)
+        if main_rate <= 0.0:
+            return lost + left
+        run = min(seconds / main_rate, left / side_rate if side_rate > 0 else math.inf)
+        left -= run * side_rate
+        lost += run * (1.0 - main_rate)
+        if left <= 1e-12:
+            return lost
+    return lost + left
+
+
 def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -> Move | None:
-    """Where a task would start and have to be done on the side stream; None if there is nothing to run beside."""
+    """Where a task would start and have to be done on the side stream; None if there is nothing to run beside.
+
+    Of the places where the main stream loses least: the last one for a task that somebody waits for, whose results are
+    held no longer than needed; the first one for any other, whose inputs are. Two places are alike within `ALIKE`.
+    """
     index, order, task = dag.index, dag.order, dag.tasks[name]
     first, last, wanted = _window(dag, name, index)
+    if not wanted:
+        first = max(first, index[name])
+    if not any(dag.tasks[one].seconds for one in order[first:last] if one != name):
+        return None
+    rates = _Rates(contention, priority, task)
+    delays: dict[int, float] = {}
+    passed = 0.0
+    for fork in range(first, last):
+        delays[fork] = _delay(dag, task, fork, last, rates)
+        passed += dag.tasks[order[fork]].seconds if order[fork] != name else 0.0
+        if not wanted and passed > LOOKAHEAD * task.seconds:
+            break
+    least, most = min(delays.values()), max(delays.values())
+    fine = least + ALIKE * (most - least)
+    forks = [fork for fork, delay in delays.items() if delay <= fine]
+    if wanted:
+        return Move(name, forks[-1], last)
     pairs = [contention.pair(kind, task.kind, task.bytes, priority) for kind in MAIN_KINDS]
     need = ROOM * task.seconds * max((pair.stretch for pair in pairs if isinstance(pair, Pair)), default=1.0)
-
-    def seconds(at: int) -> float:
-        return 0.0 if order[at] == name else dag.tasks[order[at]].seconds
-
-    if wanted:
-        fork, room = last, 0.0
-        while fork > first and room < need:
-            fork -= 1
-            room += seconds(fork)
-        return Move(name, fork, last) if room > 0 else None
-    fork, join, room = max(first, index[name]), max(first, index[name]), 0.0
+    fork, room = forks[0], 0.0
+    join = fork
     while join < last and room < 2 * need:
-        room += seconds(join)
+        room += 0.0 if order[join] == name else dag.tasks[order[join]].seconds
         join += 1
-    return Move(name, fork, join) if room > 0 else None
+    return Move(name, fork, join)
 
 
 def best_subset(moves: Sequence[Move], seconds: Callable[[Sequence[Move]], float]) -> list[Move]:

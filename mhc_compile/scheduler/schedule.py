@@ -304,11 +304,7 @@ def _places(graph: fx.Graph, plan: Plan, node: fx.Node, one: Move, main: list[st
     early = [name for name in reversed(opaque) if index[name] < one.fork]
     for name in [*late, *early]:
         gate = opaque[name]
-        # Only a library's call: a collective works in its argument's own memory, and inductor would compile a kernel of
-        # ours anew for an argument that comes out of an opaque call, whose alignment it does not trust.
-        if not str(gate.target).startswith("aten."):
-            continue
-        if not ready < position[gate] < join:
+        if not _is_library(gate) or not ready < position[gate] < join:
             continue
         argument = gate_argument(gate, position, position[gate])
         if argument is None:
@@ -318,6 +314,13 @@ def _places(graph: fx.Graph, plan: Plan, node: fx.Node, one: Move, main: list[st
         nodes = list(graph.nodes)
         return _Place(gate, argument, nodes[join], _tensor_of(last, position, join), index[name])
     return None
+
+
+def _is_library(node: fx.Node) -> bool:
+    """True for a library's call, the only one that may be a gate: a collective works in its argument's own memory, and
+    inductor would compile a kernel of ours anew for an argument that comes out of an opaque call, whose alignment it
+    does not trust."""
+    return str(node.target).startswith("aten.")
 
 
 def _direct_readers(node: fx.Node) -> set[fx.Node]:

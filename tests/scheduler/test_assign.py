@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhc_compile.scheduler.assign import Move, assign, grown_subset, place, play
+from mhc_compile.scheduler.assign import LOOKAHEAD, Move, assign, grown_subset, place, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.dag import Dag, Task
 
@@ -122,6 +122,43 @@ def test_a_gradient_whose_halves_are_added_starts_at_once() -> None:
     assert place(dag, "s", table(1.0)) == Move("s", 1, 3)
     waited = Dag([*tasks, Task("end", 1.0)], [*dag.graph.edges, ("m3", "add"), ("add", "end")])
     assert place(waited, "s", table(1.0)) == Move("s", 3, 4), "somebody waits: as late as it fits"
+
+
+def beside(**hidden: float) -> Contention:
+    """A share of ``s`` that is hidden beside each kind of main task."""
+    pairs = (Pair(kind, "s", 100, False, 1.0, 1.0, one, one, one, 1.0) for kind, one in hidden.items())
+    return Contention("test", tuple(pairs))
+
+
+def test_a_gradient_waits_for_what_hides_it() -> None:
+    """Attention hides most of it, a matmul next to nothing: it is put off, to the first attention and no further."""
+    kinds = ["matmul", "matmul", "attention", "matmul", "attention"]
+    tasks = [Task("m0", 4.0, "matmul"), side("s", 1.0), *(Task(f"t{i}", 4.0, kind) for i, kind in enumerate(kinds))]
+    chain = ["m0", *(f"t{i}" for i in range(len(kinds)))]
+    dag = Dag(tasks, [("m0", "s"), *itertools.pairwise(chain)])
+    move = place(dag, "s", beside(matmul=0.1, attention=0.9))
+    assert move is not None
+    assert dag.order[move.fork] == "t2"
+    assert assign(dag, movable, beside(matmul=0.1, attention=0.9)).predicted == pytest.approx(24.1)
+    alike = place(dag, "s", beside(matmul=0.9, attention=0.9))
+    assert alike is not None
+    assert alike.fork == 1, "its inputs are held no longer than needed"
+
+
+def test_a_gradient_is_not_put_off_for_ever() -> None:
+    many = int(LOOKAHEAD) + 2
+    tasks = [side("s", 1.0), *(Task(f"m{i}", 1.0, "matmul") for i in range(many)), Task("a", 4.0, "attention")]
+    dag = Dag(tasks, itertools.pairwise([*(f"m{i}" for i in range(many)), "a"]))
+    move = place(dag, "s", beside(matmul=0.1, attention=1.0))
+    assert move is not None
+    assert move.fork == 0
+
+
+def test_side_work_with_a_reader_is_put_beside_what_hides_it() -> None:
+    """Not as late as it fits: beside the attention in the middle of its branch."""
+    tasks = [side("s", 1.0), Task("a", 4.0, "attention"), Task("m", 4.0, "matmul"), Task("read", 1.0)]
+    dag = Dag(tasks, [("a", "m"), ("m", "read"), ("s", "read")])
+    assert place(dag, "s", beside(matmul=0.1, attention=0.9)) == Move("s", 1, 3)
 
 
 def test_nothing_to_run_beside() -> None:
