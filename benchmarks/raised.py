@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.device import median_us
 from benchmarks.record import RESULTS, record
-from mhc_compile.backend import mhc
+from mhc_compile.backend import mhc, reports
 
 
 def build(layers: int, hidden: int, device: str) -> nn.Module:
@@ -72,9 +72,11 @@ def measure(backend: str | None, arguments: argparse.Namespace) -> dict[str, Any
     compile_s = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
     milliseconds = median_us(step, repeat=10, warmup=3, flush=False) / 1000
+    passes = reports[-1].passes if backend == "mhc" else ()
     return {
         "step_ms": milliseconds,
         "compile_s": compile_s,
+        "our_passes_s": {one.name: round(one.seconds, 2) for one in passes if one.seconds >= 0.01},
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
     }

@@ -52,8 +52,9 @@ def norm(name: str) -> nn.Module:
     else:
         module = {"LayerNorm": lambda: nn.LayerNorm(C), "RMSNorm": lambda: nn.RMSNorm(C, eps=1e-6)}[name]()
     generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        parameter.data = parameter.data + 0.3 * torch.randn(parameter.shape, generator=generator)
+    for own, parameter in module.named_parameters():  # ImageGPT's weight is memory that nobody has written to
+        start = 0.0 if "bias" in own else 1.0
+        parameter.data = start + 0.3 * torch.randn(parameter.shape, generator=generator)
     return module
 
 
