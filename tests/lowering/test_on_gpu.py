@@ -20,9 +20,9 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available() and triton_version():
-    from tests.lowering import interpreted_cases, interpreted_few_tokens
+    from tests.lowering import interpreted_cases, interpreted_few_tokens, interpreted_ops
 
-    every = vars(interpreted_cases) | vars(interpreted_few_tokens)
+    every = vars(interpreted_cases) | vars(interpreted_few_tokens) | vars(interpreted_ops)
     cases = {name: value for name, value in every.items() if name.startswith("test_")}
     del cases["test_the_interpreter_is_on"], cases["test_a_model_of_the_backend"]
     globals().update(cases)
