@@ -313,6 +313,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     repeatable()
     results: dict[str, dict[str, Any]] = {}
+    shape = {"tiny": arguments.tiny, "layers": arguments.layers, "batch": arguments.batch, "length": arguments.length}
+    path: object = "nothing"
     start = time.perf_counter()
     for row in arguments.only:
         if time.perf_counter() - start > arguments.seconds:
@@ -325,8 +327,9 @@ def main() -> None:
         print(f"{row}:\n{lines}", flush=True)
         for line in results[row].get("at_the_peak", ()):
             print(f"        {line}", flush=True)
-    shape = {"tiny": arguments.tiny, "layers": arguments.layers, "batch": arguments.batch, "length": arguments.length}
-    record("memory", {row: told(result) for row, result in results.items()}, arguments.out, **shape)
+        # After every row: a run that is cut off keeps what it has.
+        path = record("memory", {name: told(one) for name, one in results.items()}, arguments.out, quiet=True, **shape)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

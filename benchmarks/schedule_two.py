@@ -251,6 +251,8 @@ def main() -> None:
                 on()
             results[f"{tokens} tokens"] = row
             say(f"{tokens} tokens: {row}")
+            if rank == 0:  # a run that is cut off keeps what it has
+                record("schedule-two-gpus", results, arguments.out, quiet=True)
     results["seconds"] = round(time.perf_counter() - start, 1)
     if rank == 0:
         record("schedule-two-gpus", results, arguments.out)

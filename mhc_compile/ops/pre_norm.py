@@ -187,8 +187,8 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *attributes, keep = inputs[4:]
-    ctx.save_for_backward(*inputs[:4], output[1], output[2] if keep else None)
+    *attributes, with_mixed = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], output[1], output[2] if with_mixed else None)
     ctx.attributes = attributes
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
