@@ -181,8 +181,9 @@ def programs_of(tokens: Any, spec: CoefficientSpec) -> Any:
 def laid_out(
     d_pre: Tensor | None, d_post: Tensor | None, d_res: Tensor | None, spec: CoefficientSpec
 ) -> tuple[list[Tensor | None], dict[str, int]]:
-    """(the three gradients, STRIDE, PRE_STRIDE and PARTS) for the two forms of `d_post` that `logits_backward`
-    takes."""
+    """(the three gradients, STRIDE, PRE_STRIDE and PARTS) for the two forms of `d_post` that `logits_backward` takes.
+    The number of columns says what lies side by side; `site_boundary` makes them of four streams, one would be
+    ambiguous."""
     n = spec.streams
     if d_post is None or d_post.dim() < 3:
         return [d_pre, d_post, d_res], {"STRIDE": n, "PRE_STRIDE": n, "PARTS": 1}

@@ -168,12 +168,13 @@ def _fuse(each: FewTokens) -> None:
     gate, *norm = parameters(mix)
     lift([*parameters(node), *norm, *([gate] if each.known else [])], first)
     partial = _project(each, padded_rows(CoefficientSpec.from_op_arguments(arguments(node))))
-    norm = [None, None, "none", 0.0, 0.0, False] if FORWARD_TARGETS[mix.target] == "pre" else norm[:-1]
+    alone = FORWARD_TARGETS[mix.target] == "pre"
+    norm = [None, None, "none", 0.0, 0.0, False] if alone else norm[:-1]  # without `keep`
     # The mix reads its own gate where it lies, in registers; who else reads it needs it in memory.
     keep = [any(user is not mix for pre in result(node, 0) for user in pre.users), bool(result(node, 3))]
     args = [partial, gate if each.known else None, norm, keep, *arguments(node).values()]
     outputs = insert_function(first, site, args)
-    if FORWARD_TARGETS[mix.target] == "pre":
+    if alone:
         replace(mix, outputs[0])
     else:
         for unread in result(mix, 2):

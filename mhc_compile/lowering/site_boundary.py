@@ -240,7 +240,6 @@ def _(
     return grad.new_empty(grad.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
 
 
-
 def _calls(node: object, name: str) -> bool:
     """True for a call of the kernel `name`."""
     return isinstance(node, fx.Node) and node.target is getattr(torch.ops.mhc_kernel, name).default
@@ -302,8 +301,8 @@ def merge(graph: fx.Graph, log: LoweringLog) -> int:
         for user in node.users:
             if user.args[1] == 0:
                 user.replace_all_uses_with(dy)
-        what = "stream gradient + dot products of the post before" + (" + gradient of the gate" if gate else "")
-        log.record("site boundary", "fused", what)
+        more = " + gradient of the gate" if gate is not None else ""
+        log.record("site boundary", "fused", f"stream gradient + dot products of the post before{more}")
     if pairs:
         graph.eliminate_dead_code()
     return len(pairs)

@@ -75,6 +75,8 @@ class Plan:
     predicted: float = 0.0
     """Predicted seconds with the moves."""
     timeline: list[Interval] = field(default_factory=list)
+    alone: list[Interval] = field(default_factory=list)
+    """The timeline of one stream."""
     reason: str = ""
     """Why there is one stream, empty if there are two."""
 
@@ -82,6 +84,10 @@ class Plan:
     def gain(self) -> float:
         """Predicted gain as a part of one stream's seconds."""
         return (self.serial - self.predicted) / self.serial if self.serial else 0.0
+
+    def stay(self, reason: str) -> None:
+        """One stream after all."""
+        self.moves, self.predicted, self.timeline, self.reason = [], self.serial, self.alone, reason
 
 
 @dataclass
@@ -206,10 +212,11 @@ def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int, bo
     return first, last, bool(readers) or any(dag.after(one) for one in dag.after(name))
 
 
-def _delay(dag: Dag, task: Task, fork: int, last: int, rates: _Rates) -> float:
-    """Seconds that the main stream loses if a task, with its room, starts at `fork` and is waited for at `last`."""
+def _delay(dag: Dag, task: Task, order: Sequence[str], rates: _Rates) -> float:
+    """Seconds that the main stream loses if a task, with its room, runs beside what `order` names and is waited for
+    behind that."""
     left, lost = ROOM * task.seconds, 0.0
-    for name in itertools.islice(dag.tasks, fork, last):
+    for name in order:
         beside = dag.tasks[name]
         kind, seconds = beside.kind, beside.seconds
         if name == task.name or kind == "communication":
@@ -238,14 +245,18 @@ def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -
     first, last, wanted = _window(dag, name, index)
     if not wanted:
         first = max(first, index[name])
-    if not any(dag.tasks[one].seconds for one in order[first:last] if one != name):
+
+    def seconds(at: int) -> float:
+        return 0.0 if order[at] == name else dag.tasks[order[at]].seconds
+
+    if not any(seconds(at) for at in range(first, last)):
         return None
     rates = _Rates(contention, priority, task)
     delays: dict[int, float] = {}
     passed = 0.0
     for fork in range(first, last):
-        delays[fork] = _delay(dag, task, fork, last, rates)
-        passed += dag.tasks[order[fork]].seconds if order[fork] != name else 0.0
+        delays[fork] = _delay(dag, task, order[fork:last], rates)
+        passed += seconds(fork)
         if not wanted and passed > LOOKAHEAD * task.seconds:
             break
     least, most = min(delays.values()), max(delays.values())
@@ -255,12 +266,11 @@ def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -
         return Move(name, forks[-1], last)
     pairs = [contention.pair(kind, task.kind, task.bytes, priority) for kind in MAIN_KINDS]
     need = ROOM * task.seconds * max((pair.stretch for pair in pairs if isinstance(pair, Pair)), default=1.0)
-    fork, room = forks[0], 0.0
-    join = fork
+    join, room = forks[0], 0.0
     while join < last and room < 2 * need:
-        room += 0.0 if order[join] == name else dag.tasks[order[join]].seconds
+        room += seconds(join)
         join += 1
-    return Move(name, fork, join)
+    return Move(name, forks[0], join)
 
 
 def best_subset(moves: Sequence[Move], seconds: Callable[[Sequence[Move]], float]) -> list[Move]:
@@ -286,6 +296,12 @@ def grown_subset(moves: Sequence[Move], seconds: Callable[[Sequence[Move]], floa
     return chosen
 
 
+def unmade(extra: Mapping[str, str], moves: Iterable[Move]) -> list[str]:
+    """Of the early parts that `assign` speaks of those that are not in the program: their tasks stay."""
+    moved = {move.task for move in moves}
+    return [early for late, early in extra.items() if late not in moved]
+
+
 def assign(
     dag: Dag,
     movable: Callable[[Task], bool],
@@ -306,13 +322,8 @@ def assign(
         least_gain: part of the program's seconds below which nothing is moved.
     """
     extra = dict(extra or {})
-
-    def skipped(moves: Iterable[Move]) -> list[str]:
-        moved = {move.task for move in moves}
-        return [early for late, early in extra.items() if late not in moved]
-
-    serial, timeline = play(dag, [], contention, priority, skipped([]))
-    plan = Plan(dag, serial=serial, predicted=serial, timeline=timeline)
+    serial, alone = play(dag, [], contention, priority, unmade(extra, []))
+    plan = Plan(dag, serial=serial, predicted=serial, timeline=alone, alone=alone)
     candidates = [task for task in dag.tasks.values() if movable(task) and task.seconds > 0]
     known = [task for task in candidates if contention.knows(task.kind, task.bytes, priority)]
     if not known:
@@ -322,13 +333,12 @@ def assign(
     found = [move for task in known if (move := place(dag, task.name, contention, priority)) is not None]
 
     def seconds(moves: Sequence[Move]) -> float:
-        return play(dag, moves, contention, priority, skipped(moves))[0]
+        return play(dag, moves, contention, priority, unmade(extra, moves))[0]
 
     plan.moves = best_subset(found, seconds) if len(found) <= EXACT else grown_subset(found, seconds)
-    plan.predicted, plan.timeline = play(dag, plan.moves, contention, priority, skipped(plan.moves))
+    plan.predicted, plan.timeline = play(dag, plan.moves, contention, priority, unmade(extra, plan.moves))
     if not plan.moves:
         plan.reason = "no gain predicted"
     elif plan.gain < least_gain:
-        plan.reason = f"a gain of {plan.gain:.2%} is predicted, below the {least_gain:.2%} that can be told from noise"
-        plan.moves, plan.predicted, plan.timeline = [], serial, timeline
+        plan.stay(f"a gain of {plan.gain:.2%} is predicted, below the {least_gain:.2%} that can be told from noise")
     return plan

@@ -22,7 +22,7 @@ from mhc_compile import cost
 from mhc_compile.compat import chain_graph_passes
 
 from . import contention as contention_of
-from .assign import LEAST_GAIN, Move, Plan, assign, play
+from .assign import LEAST_GAIN, Move, Plan, assign, play, unmade
 from .contention import Contention
 from .dag import Dag, Task, base_of, from_graph, is_opaque
 from .emit import FORK, encode, gate_argument, move
@@ -167,8 +167,7 @@ def plan_graph(
     launches = len(dag.tasks) - len(extra)
     host = launches * HOST_SECONDS + len(plan.moves) * HOST_MOVE_SECONDS
     if plan.moves and not forced and not _cuda_graphs() and plan.serial < host:
-        plan.moves, plan.predicted = [], plan.serial
-        plan.reason = (
+        plan.stay(
             f"{launches} launches in {plan.serial * 1e3:.2f} ms: the host is the bottleneck without CUDA graphs "
             "(schedule='captured' for a step in a graph of yours)"
         )
@@ -216,15 +215,11 @@ def _settle(
     """Give a plan other moves, with what they promise; none if that is too little."""
     if moves == plan.moves:
         return
-    chosen = {one.task for one in moves}
-    skipped = [early for late, early in extra.items() if late not in chosen]
-    predicted, timeline = play(plan.dag, moves, contention, priority, skipped)
+    predicted, timeline = play(plan.dag, moves, contention, priority, unmade(extra, moves))
     if moves and (plan.serial - predicted) >= least_gain * plan.serial:
         plan.moves, plan.predicted, plan.timeline = moves, predicted, timeline
-        return
-    _, plan.timeline = play(plan.dag, [], contention, priority, list(extra.values()))
-    plan.moves, plan.predicted = [], plan.serial
-    plan.reason = "no gain predicted where the moves have a place in the graph"
+    else:
+        plan.stay("no gain predicted where the moves have a place in the graph")
 
 
 def _main(plan: Plan) -> list[str]:

@@ -28,28 +28,17 @@ from mhc_compile.lowering import (
 from mhc_compile.lowering.launch import INTERPRETED, KERNEL_OPS
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from mhc_compile.ops.coefficients import activate
+from tests.lowering.operands import DEVICE, N, operands
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels.register_kernels(torch.device(DEVICE))
-N, WIDTH, TOKENS = 4, 64, 5
+WIDTH, TOKENS = 64, 5
 SPEC = CoefficientSpec(sinkhorn=SinkhornSpec(steps=4))
 FLAT = list(SPEC.op_arguments().values())
 
 
 def calls() -> dict[str, list[tuple[Any, ...]]]:
     """Name of each kernel's op -> arguments of small calls."""
-    make = torch.Generator().manual_seed(0)
-
-    def fp32(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, device="cpu").to(DEVICE)
-
-    def bf16(*shape: int) -> Tensor:
-        return fp32(*shape).to(torch.bfloat16)
-
-    x, g, y, du = bf16(TOKENS, N, WIDTH), bf16(TOKENS, N, WIDTH), bf16(TOKENS, WIDTH), bf16(TOKENS, WIDTH)
-    q, h, p, weight = fp32(TOKENS, N), fp32(TOKENS, N, N), fp32(TOKENS, N), bf16(WIDTH)
-    phi, bias, alphas = fp32(24, N * WIDTH) * 0.1, fp32(24), [fp32(1) for _ in range(3)]
-    hi, lo = coefficients.halves(phi, torch.bfloat16)
+    x, g, y, du, q, h, p, weight, phi, bias, alphas, hi, lo = operands(TOKENS, WIDTH)
     partial = coefficients.project(x, hi, lo, 24, 32, 1)
     active = (partial, bias, *alphas, N * WIDTH, *FLAT)
     projection = coefficients.activate(*active)[3]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mhc_compile import ops
 from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, pre_norm
+from tests.lowering.operands import N, operands
 
-TOKENS, N = 1000 if torch.cuda.is_available() else 18, 4
+TOKENS = 1000 if torch.cuda.is_available() else 18
 FLAT = list(ops.CoefficientSpec(streams=N).op_arguments().values())
 
 
@@ -22,19 +23,7 @@ def _bits(tensors: Any) -> list[Tensor]:
 
 def _cases(width: int) -> dict[str, tuple[Any, str, list[dict[str, int]], Callable[[], Any], bool]]:
     """Kernel -> (module and name of its fixed setting, the others, a call, whether the bits must be the same)."""
-    make = torch.Generator().manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def fp32(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make).to(device)
-
-    def bf16(*shape: int) -> Tensor:
-        return fp32(*shape).to(torch.bfloat16)
-
-    x, g, y, du = bf16(TOKENS, N, width), bf16(TOKENS, N, width), bf16(TOKENS, width), bf16(TOKENS, width)
-    q, h, p, scale = fp32(TOKENS, N), fp32(TOKENS, N, N), fp32(TOKENS, N), bf16(width)
-    phi, bias, alphas = fp32(24, N * width) * 0.1, fp32(24), [fp32(1) for _ in range(3)]
-    hi, lo = coefficients.halves(phi, torch.bfloat16)
+    x, g, y, du, q, h, p, scale, phi, bias, alphas, hi, lo = operands(TOKENS, width)
     splits = coefficients.project_splits(TOKENS, 32, N * width, 2)
     partial = coefficients.project(x, hi, lo, 24, 32, splits)
     projection = coefficients.activate(partial, bias, *alphas, N * width, *FLAT)[3]

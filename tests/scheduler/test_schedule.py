@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.scheduler import contention as contention_of
 from mhc_compile.scheduler import emit, schedule
-from mhc_compile.scheduler.assign import play
+from mhc_compile.scheduler.assign import Plan, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.emit import FORK
 from mhc_compile.scheduler.schedule import ScheduleLog, SchedulePass, forks, plan_graph, schedule_patches, using
@@ -46,6 +46,15 @@ def graph_of(function: Any, *inputs: Tensor) -> fx.GraphModule:
     return traced
 
 
+def planned(function: Any, *inputs: Tensor) -> tuple[fx.GraphModule, Plan]:
+    """A graph with its plan written into it, as it runs, whatever the host."""
+    gm = graph_of(function, *inputs)
+    plan = plan_graph(gm.graph, table(), forced=True)
+    gm.graph.lint()
+    gm.recompile()
+    return gm, plan
+
+
 def calls(graph: fx.Graph) -> list[str]:
     return [
         str(node.target).removesuffix(".default").split(".", 1)[1] if "mhc" in str(node.target) else str(node.target)
@@ -56,10 +65,7 @@ def calls(graph: fx.Graph) -> list[str]:
 
 def test_side_work_is_moved_and_the_graph_computes_the_same() -> None:
     x, w = torch.randn(8, 8), torch.randn(8, 8)
-    gm = graph_of(model, x, w)
-    plan = plan_graph(gm.graph, table(), forced=True)
-    gm.graph.lint()
-    gm.recompile()
+    gm, plan = planned(model, x, w)
     assert len(plan.moves) == 2
     assert list(forks(gm.graph)) == ["mhc_test.side.default"] * 2
     with emit.deferred():
@@ -81,10 +87,7 @@ def test_views_of_results_go_behind_the_join_and_views_of_inputs_before_the_fork
         return ((x @ x) @ w).reshape(4, 16) @ w.reshape(16, 4) @ seen
 
     x, w = torch.randn(8, 8), torch.randn(8, 8)
-    gm = graph_of(viewed, x, w)
-    plan_graph(gm.graph, table(), forced=True)
-    gm.graph.lint()
-    gm.recompile()
+    gm, _ = planned(viewed, x, w)
     assert list(forks(gm.graph)) == ["mhc_test.side.default"]
     with emit.deferred():
         assert torch.equal(gm(x, w), viewed(x, w))
@@ -118,10 +121,7 @@ def without_a_matmul(x: Tensor, w: Tensor) -> Tensor:
 
 def test_a_move_starts_earlier_where_it_has_no_place_later() -> None:
     x, w = torch.randn(8, 8), torch.randn(8, 8)
-    gm = graph_of(behind_a_matmul, x, w)
-    plan = plan_graph(gm.graph, table(), forced=True)
-    gm.graph.lint()
-    gm.recompile()
+    gm, plan = planned(behind_a_matmul, x, w)
     (one,) = plan.moves
     gate = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.mm.default and FORK in _sources(node))
     assert plan.dag.order[one.fork] == gate.name, "the plan says where it really starts"
@@ -137,8 +137,7 @@ def _sources(node: fx.Node) -> list[Any]:
 def test_a_move_without_a_place_is_not_planned_with() -> None:
     """Neither in the graph nor in what the plan promises."""
     x, w = torch.randn(8, 8), torch.randn(8, 8)
-    gm = graph_of(without_a_matmul, x, w)
-    plan = plan_graph(gm.graph, table(), forced=True)
+    gm, plan = planned(without_a_matmul, x, w)
     assert (plan.moves, plan.predicted, plan.gain) == ([], plan.serial, 0.0)
     assert "1 moves have no place in the graph" in plan.reason
     assert list(forks(gm.graph)) == []
@@ -146,11 +145,9 @@ def test_a_move_without_a_place_is_not_planned_with() -> None:
     def both(x: Tensor, w: Tensor) -> Tensor:
         return behind_a_matmul(without_a_matmul(x, w), w)
 
-    gm = graph_of(both, x, w)
-    plan = plan_graph(gm.graph, table(), forced=True)
+    gm, plan = planned(both, x, w)
     assert len(plan.moves) == len(list(forks(gm.graph))) == 1
     assert plan.predicted == play(plan.dag, plan.moves, table())[0]
-    gm.recompile()
     assert torch.equal(gm(x, w), both(x, w))
 
 
@@ -193,6 +190,7 @@ def test_where_the_host_is_the_bottleneck_nothing_moves(monkeypatch: pytest.Monk
     monkeypatch.setattr(schedule, "HOST_SECONDS", 1.0)
     plan = plan_graph(gm.graph, table())
     assert "the host is the bottleneck" in plan.reason
+    assert {one.stream for one in plan.timeline} == {"main"}, "a trace shows what runs"
     assert list(forks(gm.graph)) == []
     from torch._inductor import config
 
