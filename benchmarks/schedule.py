@@ -51,7 +51,9 @@ from mhc_compile.scheduler.emit import delayed
 from mhc_compile.scheduler.schedule import using
 from mhc_compile.scheduler.timeline import text, write_trace
 
-SHAPES = {"1x1024": (1, 1024), "2x4096": (2, 4096)}
+SHAPES = {"1x1024": (1, 1024), "1x4096": (1, 4096), "2x4096": (2, 4096)}
+MEASURED = (1024, 8192)
+"""Tokens of the pairs: a pair stands for a third to three times its bytes."""
 PARTS = ("pairs", "sanitizer", "graphs", "steps", "equal", "trace")
 WIDTH = 2560
 
@@ -379,7 +381,7 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     kept = contention_of.load(torch.cuda.get_device_name())
     if "pairs" in arguments.only or kept is None:
         start = time.perf_counter()
-        kept = contention_of.calibrate(cases, others, [(b * length, WIDTH) for b, length in SHAPES.values()])
+        kept = contention_of.calibrate(cases, others, [(tokens, WIDTH) for tokens in MEASURED])
         results["pairs_s"] = round(time.perf_counter() - start, 1)
     results |= {"pairs": [asdict(pair) for pair in kept.pairs], "alone": [asdict(one) for one in kept.alone]}
     print(contention_of.table(kept), f"{results.get('pairs_s', 0)} s", sep="\n", flush=True)
@@ -387,6 +389,7 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     if "sanitizer" in arguments.only:
         results["sanitizer"] = sanitizer()
         print(f"sanitizer: {results['sanitizer']}", flush=True)
+    keep(results, arguments, clock)
     with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
         for name in arguments.shapes:
             if not clock.fits(name, 25):
@@ -398,10 +401,14 @@ def one_gpu(arguments: argparse.Namespace) -> None:
                 print(f"{name}: {results[name]['status']}", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    results["left_out"] = clock.skipped
-    results["seconds"] = round(time.perf_counter() - clock.start, 1)
-    name = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
-    record(name, results, arguments.out, layers=arguments.layers, runs=arguments.runs)
+            keep(results, arguments, clock)
+
+
+def keep(results: dict[str, Any], arguments: argparse.Namespace, clock: Clock) -> None:
+    """Written after every shape: a run that is cut off keeps what it has."""
+    results |= {"left_out": clock.skipped, "seconds": round(time.perf_counter() - clock.start, 1)}
+    kind = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
+    record(kind, results, arguments.out, quiet=True, layers=arguments.layers, runs=arguments.runs)
 
 
 def prepare(deterministic: bool = True) -> None:
@@ -418,7 +425,7 @@ def main() -> None:
     parser.add_argument("--two-gpus", action="store_true")
     parser.add_argument("--inductor-graphs", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["1x1024", "2x4096"])
     parser.add_argument("--skip", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--runs", type=int, default=100, help="runs that are compared bit by bit")
     parser.add_argument("--seconds", type=float, default=145.0, help="parts that do not fit are left out")
