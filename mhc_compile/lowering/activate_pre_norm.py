@@ -272,7 +272,7 @@ def forward(
         # What the backward rebuilds of a norm comes from `pre_norm`: the same sums in the same order.
         settings = pre_norm.config(width) if store_projection else config(width)
         launch(
-            activate_pre_norm_kernel, (tokens, roles), partial, bias.contiguous(), alpha_pre,
+            activate_pre_norm_kernel, (tokens, roles), partial.contiguous(), bias.contiguous(), alpha_pre,
             bias if alpha_post is None else alpha_post, bias if alpha_res is None else alpha_res, x,
             x if given is None else by_token(given, 1), x if weight is None else weight.contiguous(),
             x if norm_bias is None else norm_bias.contiguous(), h_pre, h_post, h_res, projection, out, statistics,

@@ -1,8 +1,7 @@
 """coefficients, forward: a skinny GEMM that also sums the squares, then one small kernel from logits to coefficients.
 
 `project` reads X once: tiles of X go straight from memory to the tensor core (an operand computed in registers would
-pay a
-layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate`
+pay a layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate`
 divides by the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
 Traffic, n = 4: project 4 u + phi; activate about 0.1 u.
 """
@@ -246,13 +245,14 @@ def project(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded:
     shape = (hint(tokens), padded, total, x.element_size(), splits)
     out = torch.empty((splits, tokens, padded), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
-        lo = phi_hi if phi_lo is None else phi_lo
+        # A model may keep phi as [nC, K]: what arrives is a view of it.
+        hi = phi_hi.contiguous()
         launch_tuned(
             project_kernel,
             lambda tokens, config: (triton.cdiv(tokens, config["BT"]), splits),
             x3,
-            phi_hi,
-            lo,
+            hi,
+            hi if phi_lo is None else phi_lo.contiguous(),
             out,
             tokens,
             TOTAL=total,
@@ -320,7 +320,7 @@ def activate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`run_activate` as an op."""
     alphas = {"pre": alpha_pre, "post": alpha_post, "res": alpha_res}
-    return run_activate(partial, bias.contiguous(), alphas, spec_of(flat), total)
+    return run_activate(partial.contiguous(), bias.contiguous(), alphas, spec_of(flat), total)
 
 
 @activate.register_fake

@@ -92,8 +92,9 @@ def rest(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient [T, n] of pre and the results of `early` -> the results of `logits_backward`."""
     dm, multiple, sums = _outputs(projection, wide, flat, ())
-    _run(2, d_pre, None, None, projection, bias, [alpha_pre, None, None], (dm, multiple, sums),
-         (early_dm, early_inner, early_sums), total, wide, flat)  # fmt: skip
+    parts = early_dm.contiguous(), early_inner.contiguous(), early_sums.contiguous()
+    _run(2, d_pre, None, None, projection, bias, [alpha_pre, None, None], (dm, multiple, sums), parts, total, wide,
+         flat)  # fmt: skip
     return dm, multiple, sums
 
 
