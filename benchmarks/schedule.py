@@ -11,8 +11,8 @@ and backward) compile it with ``schedule="auto"``. Where that says one stream, t
 a plan: ``schedule="captured"``, for somebody who captures the step in a CUDA graph, where auto said that the host is
 the bottleneck; else *forced*, every side call moved, to show what that costs. Then, in turns with one stream: times as
 a CUDA graph of the whole step and with plain launches; output and gradients of 100 runs, bit by bit, two thirds of them
-with the side or the main stream asleep for a random time at every fork; a trace of the profiler with the predicted
-timeline beside it.
+with the side or the main stream asleep for a random time at every fork, and those of 100 replays; a trace of one replay
+with the predicted timeline beside it, and which kernels take longer than on one stream.
 
 Everything runs on a stream of high priority and under deterministic algorithms, which takes attention from cuDNN to a
 kernel whose backward repeats itself. Bits are compared only where one stream gives the same ones each time. Parts that
@@ -27,9 +27,12 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,11 +54,18 @@ from mhc_compile.scheduler.emit import delayed
 from mhc_compile.scheduler.schedule import using
 from mhc_compile.scheduler.timeline import text, write_trace
 
-SHAPES = {"1x1024": (1, 1024), "1x4096": (1, 4096), "2x4096": (2, 4096)}
+SHAPES = {"1x1024": (1, 1024), "1x2048": (1, 2048), "1x4096": (1, 4096), "2x4096": (2, 4096)}
+MODELS = {
+    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32},
+    "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16},
+    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16},
+}
+"""Layers of Qwen3, with 8 heads of keys and 128 channels a head."""
 MEASURED = (1024, 8192)
 """Tokens of the pairs: a pair stands for a third to three times its bytes."""
-PARTS = ("pairs", "sanitizer", "graphs", "steps", "equal", "trace")
+PARTS = ("pairs", "sanitizer", "graphs", "steps", "equal")
 WIDTH = 2560
+Events = list[dict[str, Any]]
 
 
 class Clock:
@@ -75,22 +85,31 @@ class Clock:
 
 
 # ------------------------------------------------------------------------------------------------ a step
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What both steps of a comparison have."""
+    return {"variant": arguments.variant, "recompute": arguments.recompute}
+
+
 class Step:
     """A compiled model, its step, and what was planned for it."""
 
-    def __init__(self, layers: int, tokens: Tensor, options: dict[str, Any], forced: Contention | None = None) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, tokens: Tensor, chosen: dict[str, Any], forced: Contention | None = None
+    ) -> None:
         from transformers import Qwen3Config, Qwen3Model
 
         config = Qwen3Config(
-            hidden_size=WIDTH, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-            num_hidden_layers=layers, vocab_size=1024, use_cache=False,
+            **MODELS[arguments.model], num_key_value_heads=8, head_dim=128, num_hidden_layers=arguments.layers,
+            vocab_size=1024, use_cache=False,
         )  # fmt: skip
         torch.manual_seed(0)
         with torch.device("cuda"):
             self.model: nn.Module = Qwen3Model(config).to(dtype=torch.bfloat16).train()
         self.tokens = tokens
-        self.graphs = "inductor" in options
-        self.call: Any = torch.compile(self.model, backend=mhc, options={"autotune": False, **options})
+        self.graphs = "inductor" in chosen
+        self.call: Any = torch.compile(
+            self.model, backend=mhc, options={"autotune": False, **options(arguments), **chosen}
+        )
         start = time.perf_counter()
         if forced is None:
             self()
@@ -247,17 +266,17 @@ def steps(
     batch, length = SHAPES[name]
     tokens = torch.randint(0, 1024, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     extra: dict[str, Any] = {"inductor": {"triton.cudagraphs": True}} if arguments.inductor_graphs else {}
-    auto = Step(arguments.layers, tokens, {"schedule": "auto", **extra})
+    auto = Step(arguments, tokens, {"schedule": "auto", **extra})
     result["auto"] = auto.facts()
     if auto.moves:
-        return Step(arguments.layers, tokens, extra), auto, "auto"
+        return Step(arguments, tokens, extra), auto, "auto"
     print(f"{name}: auto is one stream: {auto.report.schedule.lines()}", flush=True)
     kinds = ["captured", "forced"] if "the host" in " ".join(auto.report.schedule.lines()) else ["forced"]
     for kind in kinds:
         if not clock.fits(f"{name}: {kind} plan", auto.compile_s + 3):
             return None
-        options, table = ("captured", None) if kind == "captured" else ("auto", optimistic(found))
-        on = Step(arguments.layers, tokens, {"schedule": options, **extra}, table)
+        how, table = ("captured", None) if kind == "captured" else ("auto", optimistic(found))
+        on = Step(arguments, tokens, {"schedule": how, **extra}, table)
         result[kind] = on.facts()
         if on.moves:
             return auto, on, kind
@@ -275,10 +294,9 @@ def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Cl
     own = result[kind]
     print("\n".join([f"{name}: {kind} plan", *(text(plan) for plan in on.plans)]), flush=True)
     parts: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
-        "graphs": (5, lambda: in_graphs(off, on, kind)),
+        "graphs": (6, lambda: in_graphs(off, on, kind, arguments.runs, folder / f"schedule-trace-{name}.json")),
         "steps": (4, lambda: timed({"off": off, kind: on})),
         "equal": (6, lambda: same_bits(off, on, arguments.runs)),
-        "trace": (4, lambda: trace_of(on, on.plans, folder / f"schedule-trace-{name}.json")),
     }
     for part, (seconds, measure) in parts.items():
         left_out = part not in arguments.only or (part == "graphs" and arguments.inductor_graphs)
@@ -292,8 +310,8 @@ def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Cl
     return result
 
 
-def in_graphs(off: Step, on: Step, kind: str) -> dict[str, Any]:
-    """Both steps captured and replayed in turns; the gradients of their replays."""
+def in_graphs(off: Step, on: Step, kind: str, replays: int, path: Path) -> dict[str, Any]:
+    """Both steps captured and replayed in turns; the gradients of their replays; a trace of one replay of each."""
     graphs = {"off": graphed(off), kind: graphed(on)}
     found = timed({name: graph.replay for name, graph in graphs.items()})
     grads = {
@@ -303,20 +321,31 @@ def in_graphs(off: Step, on: Step, kind: str) -> dict[str, Any]:
     reference = [one.clone() for one in grads["off"]]
     counts = dict.fromkeys(graphs, 0)
     for name, graph in graphs.items():
-        for _ in range(20):
+        for _ in range(replays):
             for one in grads[name]:
                 one.zero_()
             graph.replay()
             torch.cuda.synchronize()
             counts[name] += equal(grads[name], reference)
-    found |= {"replays": 20, "priorities": priorities(graphs[kind])}
-    if counts["off"] < 20:
-        return found | {"equal": f"not measurable: one stream gives {counts['off']} of 20 equal"}
-    return found | {"equal": counts[kind]}
+    found |= {"replays": replays, "priorities": priorities(graphs[kind])}
+    alike = counts["off"] == replays
+    found["equal"] = counts[kind] if alike else f"not measurable: one stream gives {counts['off']} of {replays} equal"
+    kernels = {name: traced(graph.replay) for name, graph in graphs.items()}
+    found["trace"] = {"file": path.name, **overlap(kernels[kind]), "changed_us": changed(kernels["off"], kernels[kind])}
+    beside(path, on.plans, kernels[kind])
+    return found
 
 
-def trace_of(step: Callable[[], object], plans: list[Plan], path: Path) -> dict[str, Any]:
-    """One step under the profiler, the predicted timelines beside it; what ran beside the main stream."""
+def beside(path: Path, plans: list[Plan], measured: Events) -> None:
+    """A trace of the predicted timelines and of measured events."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        json.dump(measured, file)
+        file.flush()
+        write_trace(path, {plan.name: plan for plan in plans}, Path(file.name))
+
+
+def traced(step: Callable[[], object]) -> Events:
+    """The kernels of one step under the profiler, as events of a trace."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -324,22 +353,33 @@ def trace_of(step: Callable[[], object], plans: list[Plan], path: Path) -> dict[
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as run:
         step()
         torch.cuda.synchronize()
-    measured = path.with_suffix(".measured.json")
-    measured.parent.mkdir(parents=True, exist_ok=True)
-    run.export_chrome_trace(str(measured))
-    facts = overlap(json.loads(measured.read_text(encoding="utf-8"))["traceEvents"])
-    written = write_trace(path, {plan.name: plan for plan in plans}, measured)
-    measured.unlink()
-    return {"file": written.name, **facts}
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        run.export_chrome_trace(file.name)
+        events: Events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    return [event for event in events if event.get("cat") == "kernel"]
 
 
-def overlap(events: list[dict[str, Any]]) -> dict[str, Any]:
+def changed(off: Events, on: Events, top: int = 12) -> dict[str, float]:
+    """Kernels whose time in a step is another with a plan, the most first: microseconds more. Then, of the whole step,
+    what all kernels take and the span from the first to the last."""
+    sums = []
+    for events in (off, on):
+        total: Counter[str] = Counter()
+        for event in events:
+            total[re.sub(r"_\d+$", "", event["name"])[:80]] += event["dur"]
+        sums.append(total)
+    more = {name: round(sums[1][name] - sums[0][name], 1) for name in sums[0] | sums[1]}
+    most = dict(sorted(more.items(), key=lambda item: -abs(item[1]))[:top])
+    spans = [max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events) for events in (off, on)]
+    return {**most, "all kernels": round(sum(more.values()), 1), "first to last": round(spans[1] - spans[0], 1)}
+
+
+def overlap(events: Events) -> dict[str, Any]:
     """Of the kernels that a trace has on other streams than the busiest: how long, and how much of it beside that one.
     Microseconds."""
     kernels: dict[int, list[tuple[float, float]]] = {}
     for event in events:
-        if event.get("cat") == "kernel":
-            kernels.setdefault(event["args"]["stream"], []).append((event["ts"], event["ts"] + event["dur"]))
+        kernels.setdefault(event["args"]["stream"], []).append((event["ts"], event["ts"] + event["dur"]))
     if not kernels:
         return {}
     main = max(kernels, key=lambda stream: sum(end - start for start, end in kernels[stream]))
@@ -381,7 +421,8 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     kept = contention_of.load(torch.cuda.get_device_name())
     if "pairs" in arguments.only or kept is None:
         start = time.perf_counter()
-        kept = contention_of.calibrate(cases, others, [(tokens, WIDTH) for tokens in MEASURED])
+        width = MODELS[arguments.model]["hidden_size"]
+        kept = contention_of.calibrate(cases, others, [(tokens, width) for tokens in MEASURED])
         results["pairs_s"] = round(time.perf_counter() - start, 1)
     results |= {"pairs": [asdict(pair) for pair in kept.pairs], "alone": [asdict(one) for one in kept.alone]}
     print(contention_of.table(kept), f"{results.get('pairs_s', 0)} s", sep="\n", flush=True)
@@ -408,7 +449,8 @@ def keep(results: dict[str, Any], arguments: argparse.Namespace, clock: Clock) -
     """Written after every shape: a run that is cut off keeps what it has."""
     results |= {"left_out": clock.skipped, "seconds": round(time.perf_counter() - clock.start, 1)}
     kind = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
-    record(kind, results, arguments.out, quiet=True, layers=arguments.layers, runs=arguments.runs)
+    facts = {"model": arguments.model, "layers": arguments.layers, "runs": arguments.runs, **options(arguments)}
+    record(kind, results, arguments.out, quiet=True, **facts)
 
 
 def prepare(deterministic: bool = True) -> None:
@@ -424,7 +466,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--two-gpus", action="store_true")
     parser.add_argument("--inductor-graphs", action="store_true")
+    parser.add_argument("--model", choices=list(MODELS), default="4B")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--variant", default="mhc")
+    parser.add_argument("--recompute", default="off")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["1x1024", "2x4096"])
     parser.add_argument("--skip", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--runs", type=int, default=100, help="runs that are compared bit by bit")

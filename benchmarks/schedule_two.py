@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, record
-from benchmarks.schedule import WIDTH, cases, equal, others, prepare, timed, trace_of
+from benchmarks.schedule import WIDTH, beside, cases, changed, equal, others, overlap, prepare, timed, traced
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
@@ -198,8 +198,8 @@ def graphed(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     return graph, results
 
 
-def compared(off: Run, on: Run) -> dict[str, Any]:
-    """Times and bits of a run on one stream and one with a plan."""
+def compared(off: Run, on: Run, trace: Path) -> dict[str, Any]:
+    """Times and bits of a run on one stream and one with a plan; rank 0 writes the trace of a replay."""
     row: dict[str, Any] = {"plan": on.log.lines(), "moves": on.moves, "compile_s": round(on.compile_s, 1)}
     reference = [one.clone() for one in off()]
     repeats = sum(equal(off(), reference) for _ in range(25))
@@ -210,6 +210,11 @@ def compared(off: Run, on: Run) -> dict[str, Any]:
         graphs = {"off": graphed(off), "on": graphed(on)}
         row["graphs"] = timed({name: graph.replay for name, (graph, _) in graphs.items()}, rounds=2 * ROUNDS)
         row["graphs"]["equal"] = equal(graphs["on"][1], graphs["off"][1])
+        kernels = {name: traced(graph.replay) for name, (graph, _) in graphs.items()}
+        facts = {**overlap(kernels["on"]), "changed_us": changed(kernels["off"], kernels["on"])}
+        row["graphs"]["trace"] = {"file": trace.name, **facts}
+        if dist.get_rank() == 0:
+            beside(trace, on.log.plans, kernels["on"])
     except RuntimeError as error:  # a capture that fails is a row of the table
         row["graphs"] = {"status": f"failed: {str(error)[:400]}"}
     return row
@@ -243,12 +248,9 @@ def main() -> None:
             say(f"{tokens} tokens: {on.moves} moves", *(text(plan) for plan in on.log.plans))
             least = torch.tensor(on.moves, device=device)
             dist.all_reduce(least, dist.ReduceOp.MIN)  # the ranks go on alike, or wait for each other for ever
-            row = compared(off, on) if int(least) else {"plan": on.log.lines(), "moves": on.moves}
-            if int(least) and rank == 0:
-                row["trace"] = trace_of(on, on.log.plans, folder / f"schedule-two-gpus-trace-{tokens}.json")
-            elif int(least):
-                on()  # its part in the two steps of the trace
-                on()
+            row = {"plan": on.log.lines(), "moves": on.moves}
+            if int(least):
+                row = compared(off, on, folder / f"schedule-two-gpus-trace-{tokens}.json")
             results[f"{tokens} tokens"] = row
             say(f"{tokens} tokens: {row}")
             if rank == 0:  # a run that is cut off keeps what it has

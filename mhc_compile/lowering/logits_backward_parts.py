@@ -63,9 +63,8 @@ def early(
     alpha_post: Tensor | None, alpha_res: Tensor | None, total: int, wide: bool, *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of post and res as `logits_backward` takes them -> (its dm, columns of pre not written; inner [T, 2],
-    what post and res add to the norm's multiple; sums [P, K + 3], columns of pre zero)."""
+    what post and res add to the norm's multiple; sums [P, K + 3], likewise)."""
     dm, inner, sums = _outputs(projection, wide, flat, (2,))
-    sums.zero_()
     _run(1, None, d_post, d_res, projection, bias, [alpha_pre, alpha_post, alpha_res], (dm, inner, sums),
          (bias, bias, bias), total, wide, flat)  # fmt: skip
     return dm, inner, sums

@@ -141,7 +141,7 @@ def main_parts(tokens: int, width: int, n: int = 4) -> list[Case]:
 def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
     from mhc_compile.ops.spec import CoefficientSpec
 
-    from . import activate_pre, coefficients, logits_backward_parts, post, pre, site_boundary
+    from . import activate_pre, coefficients, logits_backward_parts, post, post_pre_norm, pre, replay, site_boundary
 
     spec = CoefficientSpec(streams=n)
     flat = list(spec.op_arguments().values())
@@ -190,6 +190,16 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
         ("aten.mm.dtype", gradient, size(dm, rows) + dm.shape[1] * n * width * 4),
         ("mhc_kernel.post", lambda: post.forward(x, y, q, h, False), size(x, y, q, h, x)),
         ("mhc_kernel.pre", lambda: pre.forward(x, p), size(x, p, y)),
+        (
+            "mhc_kernel.replay",  # of a recompute plan, two sites
+            lambda: replay.forward(x, [y, y], [q, q], [h, h], False),
+            size(x, y, y, q, q, h, h, x, x),
+        ),
+        (
+            "mhc_kernel.post_pre_norm",  # likewise, a site with its branch input
+            lambda: post_pre_norm.forward(x, y, q, h, False, p, None, None, "rms", 1e-6, 0.0, True, False),
+            size(x, y, q, h, p, x, y),
+        ),
     ]
     mains: list[Case] = [
         (

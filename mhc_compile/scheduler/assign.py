@@ -7,15 +7,15 @@ side task s runs beside a main task m, with what was measured of the pair (``con
     the side task advances at 1 / stretch of its own speed,
     the main task at 1 - (1 - hidden) / stretch,
 
-so that a side task that runs under m from end to end costs the main stream (1 - hidden) of its seconds. Custom ops on
-the main stream count as ``memory``. Of a pair that was not measured nothing is known: the main task stands still then,
-which is one stream. While the main stream waits for communication the pair ``communication`` counts.
+so that a side task that runs under m from end to end costs the main stream (1 - hidden) of its seconds. When the main
+stream comes to wait for it, it goes on at the speed it has: a small kernel that began beside a matmul sits on the few
+multiprocessors that were free (Sinkhorn beside a matmul of 9 us took 20 us for 5 on an H200). Custom ops on the main
+stream count as ``memory``. Of a pair that was not measured nothing is known: the main task stands still then, which is
+one stream. While the main stream waits for communication the pair ``communication`` counts.
 
 Of a few movable tasks every subset is played; of more the search is greedy in the order of the program: a task is moved
 if the predicted end comes earlier. Where it starts is a question of what it runs beside (a matmul of a gradient hides
-little of itself beside another matmul, most of it beside attention), then of memory: as late as still fits before its
-reader, or, if nothing in this graph waits for it, as early as is as good; then the main stream waits for it only when
-it has long been done.
+little of itself beside another matmul, most of it beside attention), then of memory (see ``place``).
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class _Running:
     move: Move
     task: Task
     left: float
+    """Seconds of its own."""
     rates: _Rates
+    speed: float = 1.0
+    """The one that it had last."""
 
 
 class _Rates:
@@ -152,6 +155,7 @@ class _Clock:
     def _side(self, head: _Running, work: float, start: float) -> None:
         head.left -= work
         if work > 0:
+            head.speed = work / (self.now - start)
             self._log("side", head.task, start)
         if head.left <= 1e-12:
             self.side.pop(0)
@@ -161,7 +165,7 @@ class _Clock:
         """The main stream waits until a side task is done."""
         while name not in self.done:
             head, start = self.side[0], self.now
-            self.now += head.left
+            self.now += head.left / head.speed
             self._log("wait", head.task, start)
             self._side(head, head.left, start)
 
@@ -215,7 +219,7 @@ def _window(dag: Dag, name: str, index: Mapping[str, int]) -> tuple[int, int, bo
 def _delay(dag: Dag, task: Task, order: Sequence[str], rates: _Rates) -> float:
     """Seconds that the main stream loses if a task, with its room, runs beside what `order` names and is waited for
     behind that."""
-    left, lost = ROOM * task.seconds, 0.0
+    left, lost, speed = ROOM * task.seconds, 0.0, 1.0
     for name in order:
         beside = dag.tasks[name]
         kind, seconds = beside.kind, beside.seconds
@@ -226,20 +230,24 @@ def _delay(dag: Dag, task: Task, order: Sequence[str], rates: _Rates) -> float:
             seconds = sum(dag.tasks[one].seconds for one in dag.before(name) if dag.tasks[one].kind == kind)
         main_rate, side_rate = rates(kind)
         if main_rate <= 0.0:
-            return lost + left
+            return lost + left / speed
         run = min(seconds / main_rate, left / side_rate if side_rate > 0 else math.inf)
         left -= run * side_rate
         lost += run * (1.0 - main_rate)
         if left <= 1e-12:
             return lost
-    return lost + left
+        speed = side_rate or speed
+    return lost + left / speed
 
 
 def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -> Move | None:
     """Where a task would start and have to be done on the side stream; None if there is nothing to run beside.
 
-    Of the places where the main stream loses least: the last one for a task that somebody waits for, whose results are
-    held no longer than needed; the first one for any other, whose inputs are. Two places are alike within `ALIKE`.
+    Of the places where the main stream loses least (alike within `ALIKE`), for a task that somebody waits for: the
+    first one from its own in the program, which holds nothing longer than one stream does and leaves it all the time
+    there is; if they are all before that, the last, and its results are held no longer than needed (a replay that is
+    brought forward). For a task that nobody waits for the first one, and the main stream waits for it only when it has
+    long been done.
     """
     index, order, task = dag.index, dag.order, dag.tasks[name]
     first, last, wanted = _window(dag, name, index)
@@ -263,7 +271,7 @@ def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -
     fine = least + ALIKE * (most - least)
     forks = [fork for fork, delay in delays.items() if delay <= fine]
     if wanted:
-        return Move(name, forks[-1], last)
+        return Move(name, next((fork for fork in forks if fork >= index[name]), forks[-1]), last)
     pairs = [contention.pair(kind, task.kind, task.bytes, priority) for kind in MAIN_KINDS]
     need = ROOM * task.seconds * max((pair.stretch for pair in pairs if isinstance(pair, Pair)), default=1.0)
     join, room = forks[0], 0.0

@@ -27,6 +27,9 @@ import torch
 
 from mhc_compile.cost import cache_file, keep_json
 
+from . import host as host_of
+from .host import Host
+
 RANGE = 3.0
 """A measured side task stands for those of a third of its bytes up to three times as many."""
 
@@ -83,6 +86,7 @@ class Contention:
     device: str
     pairs: tuple[Pair, ...] = ()
     alone: tuple[Alone, ...] = ()
+    host: Host = Host()
 
     def pair(self, main: str, side: str, size: int, priority: bool = False) -> Pair | None:
         """The measurement nearest in bytes to a side task of `size`, None where nothing near was measured."""
@@ -123,6 +127,8 @@ def table(contention: Contention) -> str:
         share = f"{one.hidden:+6.0%} ({one.low:+.0%} .. {one.high:+.0%})"
         lines.append(f"  {one.side:32} {one.main:14} {how:10} {times}  {share:26} {one.stretch:5.1f} x")
     lines += [f"  {one.kind:32} {one.seconds * 1e6:8.1f} us on the main stream" for one in contention.alone]
+    host = contention.host
+    lines.append(f"  the host: {host.launch * 1e6:.0f} us a launch of a step, {host.move * 1e6:.0f} us a move")
     return "\n".join(lines)
 
 
@@ -136,9 +142,9 @@ def load(name: str) -> Contention | None:
     try:
         data = json.loads(cache_file("contention", name).read_text(encoding="utf-8"))
         pairs, alone = (Pair(**one) for one in data["pairs"]), (Alone(**one) for one in data["alone"])
-        found = Contention(data["device"], tuple(pairs), tuple(alone))
+        found = Contention(data["device"], tuple(pairs), tuple(alone), Host(**data["host"]))
         numbers = [number for one in found.pairs for number in (one.main_seconds, one.side_seconds, one.stretch)]
-        numbers += [one.seconds for one in found.alone]
+        numbers += [*(one.seconds for one in found.alone), found.host.launch, found.host.move]
         sound = all(math.isfinite(one.low + one.hidden + one.high) and one.bytes > 0 for one in found.pairs)
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -154,6 +160,8 @@ def save(contention: Contention) -> Path | None:
 # ------------------------------------------------------------------------------------------------ on the device
 UNITS = 6
 """Forks and joins in a row in one CUDA graph: a side task of some microseconds is measured by their sum."""
+MOST_BESIDE = 12
+"""Main tasks behind a fork at most."""
 ROUNDS = 15
 """Rounds in which the three graphs of a pair are replayed in turns."""
 TOKENS = 2048
@@ -227,7 +235,8 @@ def calibrate(
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             alone += [Alone(case.kind, case.bytes, time_alone(case, stream, rounds)) for case in more]
-    found = Contention(torch.cuda.get_device_name(), tuple(pairs), tuple(alone))
+    calls = [case.call for case in sides(*sizes[0])]
+    found = Contention(torch.cuda.get_device_name(), tuple(pairs), tuple(alone), host_of.measure(calls))
     save(found)
     return found
 
@@ -291,7 +300,7 @@ def time_alone(case: Case, stream: Any, rounds: int = ROUNDS) -> float:
 def _pair(
     main_case: Case, side_case: Case, once: float, alone: float, main: Any, side: Any, priority: bool, rounds: int
 ) -> Pair:
-    beside = max(1, math.ceil(3 * alone / once))  # enough main work for the side task to end within it
+    latency, beside = _room(main_case, side_case, once, alone, main, side)
 
     def together() -> None:
         for _ in range(UNITS):
@@ -309,11 +318,24 @@ def _pair(
     turns = compared([lambda: _row(UNITS * beside, main_case.call), in_a_row, together], main, rounds)
     cost = max(statistics.median(serial - only for only, serial, _ in turns) / UNITS, 0.2 * alone)
     hidden, low, high = (value / UNITS / cost for value in interval([serial - both for _, serial, both in turns]))
-    latency = _latency(main_case, side_case, beside, main, side)
-    if latency is None:  # behind everything, the most that it can be
-        latency = 2 * beside * once + alone
     kinds = (main_case.kind, side_case.kind, side_case.bytes)
     return Pair(*kinds, priority, once, cost, hidden, low, high, max(1.0, latency / alone))
+
+
+def _room(
+    main_case: Case, side_case: Case, once: float, alone: float, main: Any, side: Any
+) -> tuple[float, int]:
+    """(seconds from a fork to the end of the side task, main tasks enough for it to end within them). Without that room
+    what is measured is a main stream that waits."""
+    beside = max(1, math.ceil(3 * alone / once))
+    while True:
+        latency = _latency(main_case, side_case, beside, main, side)
+        if latency is None:  # behind everything, the most that it can be
+            latency = 2 * beside * once + alone
+        needed = math.ceil(1.2 * latency / once)
+        if needed <= beside or beside >= MOST_BESIDE:
+            return latency, beside
+        beside = min(needed, MOST_BESIDE)
 
 
 def _latency(main_case: Case, side_case: Case, beside: int, main: Any, side: Any) -> float | None:

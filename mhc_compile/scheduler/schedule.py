@@ -12,6 +12,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +27,9 @@ from .assign import LEAST_GAIN, Move, Plan, assign, play, unmade
 from .contention import Contention
 from .dag import Dag, Task, base_of, from_graph, is_opaque
 from .emit import FORK, encode, gate_argument, move
-from .timeline import text
+from .timeline import text, write_trace
 
 SEAM = "post_grad_custom_post_pass"
-HOST_SECONDS = 40e-6
-"""Host time of a launch in a compiled training step, autograd and wrapper included (7.1 ms for 171 launches, measured
-on the machine of the H200): with less device time than that the host is what one waits for."""
-HOST_MOVE_SECONDS = 250e-6
-"""Host time that a move adds, fork, opaque call and join (2.7 ms for 11 of them, measured there)."""
-
 COMMUNICATION_GAIN = 0.02
 """`LEAST_GAIN` for a graph with collectives. On two H200s a plan that promised 0.84 % lost 0.87 % in a CUDA graph: what
 a collective does to its neighbours is known less well than what two kernels do to each other."""
@@ -53,6 +48,16 @@ class ScheduleLog:
     def __deepcopy__(self, memo: dict[int, Any]) -> ScheduleLog:
         """Itself: it is written to until the last graph is compiled, and a report that is copied reads it then."""
         return self
+
+    def write_trace(self, path: str | Path, measured: str | Path | None = None) -> Path:
+        """The predicted timelines as a trace for ui.perfetto.dev or chrome://tracing.
+
+        Args:
+            path: what is written.
+            measured: a trace that ``torch.profiler`` has exported of the same step, to stand beside them.
+        """
+        beside = Path(measured) if measured is not None else None
+        return write_trace(Path(path), {plan.name: plan for plan in self.plans}, beside)
 
     def lines(self) -> list[str]:
         """For the report."""
@@ -165,7 +170,7 @@ def plan_graph(
         least_gain = max(least_gain, COMMUNICATION_GAIN)
     plan = _with_places(graph, dag, contention, priority, extra, least_gain)
     launches = len(dag.tasks) - len(extra)
-    host = launches * HOST_SECONDS + len(plan.moves) * HOST_MOVE_SECONDS
+    host = launches * contention.host.launch + len(plan.moves) * contention.host.move
     if plan.moves and not forced and not _cuda_graphs() and plan.serial < host:
         plan.stay(
             f"{launches} launches in {plan.serial * 1e3:.2f} ms: the host is the bottleneck without CUDA graphs "

@@ -17,14 +17,15 @@ _LETTER = {"matmul": "M", "attention": "A", "memory": "m", "communication": "C"}
 def summary(plan: Plan) -> str:
     """One line: what is predicted."""
     name = f"{plan.name}: " if plan.name else ""
+    least = f"critical path {plan.dag.span() * 1e3:.3f} ms"
     if not plan.moves:
-        return f"{name}one stream: {plan.reason or 'no gain predicted'}; {plan.serial * 1e3:.3f} ms predicted"
+        return f"{name}one stream: {plan.reason or 'no gain predicted'}; {plan.serial * 1e3:.3f} ms predicted, {least}"
     kinds: dict[str, int] = {}
     for move in plan.moves:
         kind = plan.dag.tasks[move.task].kind
         kinds[kind] = kinds.get(kind, 0) + 1
     moved = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    times = f"{plan.predicted * 1e3:.3f} ms predicted, {plan.serial * 1e3:.3f} ms on one"
+    times = f"{plan.predicted * 1e3:.3f} ms predicted, {plan.serial * 1e3:.3f} ms on one, {least}"
     return f"{name}two streams: {moved} on the side; {times} (gain {plan.gain:.2%})" + (
         f"; {plan.reason}" if plan.reason else ""
     )

@@ -94,20 +94,32 @@ def test_priority_asks_for_its_own_measurement() -> None:
     assert assign(gradient(), movable, table(1.0), priority=True).moves == []
 
 
-def test_a_replay_starts_as_late_as_it_fits() -> None:
-    """Ready at the start, read at the end: it is put beside the last branch that is long enough, not the first."""
-    tasks = [side("replay", 2.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
-    chain = [(f"m{i}", f"m{i + 1}") for i in range(3)]
-    dag = Dag(tasks, [*chain, ("m3", "read"), ("replay", "read")])
-    move = place(dag, "replay", table(1.0))
-    assert move == Move("replay", 4, 5)
-    assert assign(dag, movable, table(1.0)).predicted == pytest.approx(13.0)
+def replayed(seconds: float) -> Dag:
+    """Four branches (3 each), then a replay that could run at any time, then what reads it."""
+    tasks = [*(Task(f"m{i}", 3.0, "matmul") for i in range(4)), side("replay", seconds), Task("read", 1.0)]
+    return Dag(tasks, [*((f"m{i}", f"m{i + 1}") for i in range(3)), ("m3", "read"), ("replay", "read")])
 
 
-def test_a_replay_reaches_back_over_as_many_tasks_as_it_needs() -> None:
-    tasks = [side("replay", 4.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
-    dag = Dag(tasks, [*((f"m{i}", f"m{i + 1}") for i in range(3)), ("m3", "read"), ("replay", "read")])
-    assert place(dag, "replay", table(1.0)) == Move("replay", 3, 5)
+def test_a_replay_is_brought_forward_no_further_than_it_has_to() -> None:
+    """Beside the last branch that is long enough: its states are held from there."""
+    assert place(replayed(2.0), "replay", table(1.0)) == Move("replay", 3, 5)
+    assert assign(replayed(2.0), movable, table(1.0)).predicted == pytest.approx(13.0)
+    assert place(replayed(4.0), "replay", table(1.0)) == Move("replay", 2, 5), "over as many as it needs"
+
+
+def test_what_stands_early_starts_early() -> None:
+    """Its results are held from there on one stream too, and it may take longer than anybody predicts."""
+    tasks = [side("s", 1.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
+    dag = Dag(tasks, [*((f"m{i}", f"m{i + 1}") for i in range(3)), ("m3", "read"), ("s", "read")])
+    assert place(dag, "s", table(1.0)) == Move("s", 0, 5)
+
+
+def test_a_task_that_is_waited_for_stays_as_slow_as_it_was() -> None:
+    """It fills what a matmul left over, and not more when that one is done."""
+    dag = Dag([Task("c", 1.0), side("s", 2.0), Task("m", 4.0, "matmul"), Task("read", 1.0)],
+              [("c", "s"), ("c", "m"), ("s", "read"), ("m", "read")])  # fmt: skip
+    assert play(dag, [Move("s", 2, 3)], table(1.0, 4.0))[0] == pytest.approx(1.0 + 8.0 + 1.0)
+    assert assign(dag, movable, table(1.0, 4.0)).moves == []
 
 
 def test_a_gradient_whose_halves_are_added_starts_at_once() -> None:
@@ -121,7 +133,7 @@ def test_a_gradient_whose_halves_are_added_starts_at_once() -> None:
     dag = Dag(tasks, [("m1", "s"), ("m1", "m2"), ("m2", "m3"), ("s", "add")])
     assert place(dag, "s", table(1.0)) == Move("s", 1, 3)
     waited = Dag([*tasks, Task("end", 1.0)], [*dag.graph.edges, ("m3", "add"), ("add", "end")])
-    assert place(waited, "s", table(1.0)) == Move("s", 3, 4), "somebody waits: as late as it fits"
+    assert place(waited, "s", table(1.0)) == Move("s", 1, 4), "somebody waits, at the end"
 
 
 def beside(**hidden: float) -> Contention:
@@ -155,10 +167,10 @@ def test_a_gradient_is_not_put_off_for_ever() -> None:
 
 
 def test_side_work_with_a_reader_is_put_beside_what_hides_it() -> None:
-    """Not as late as it fits: beside the attention in the middle of its branch."""
-    tasks = [side("s", 1.0), Task("a", 4.0, "attention"), Task("m", 4.0, "matmul"), Task("read", 1.0)]
-    dag = Dag(tasks, [("a", "m"), ("m", "read"), ("s", "read")])
-    assert place(dag, "s", beside(matmul=0.1, attention=0.9)) == Move("s", 1, 3)
+    """Neither as early nor as late as it fits: beside the attention in the middle of its branch."""
+    branch = [Task("m", 4.0, "matmul"), Task("a", 4.0, "attention"), Task("o", 4.0, "matmul")]
+    dag = Dag([side("s", 1.0), *branch, Task("read", 1.0)], [("m", "a"), ("a", "o"), ("o", "read"), ("s", "read")])
+    assert place(dag, "s", beside(matmul=0.1, attention=0.9)) == Move("s", 2, 4)
 
 
 def test_nothing_to_run_beside() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from mhc_compile.scheduler import contention
 from mhc_compile.scheduler.contention import Alone, Contention, Pair
+from mhc_compile.scheduler.host import Host, measure
 
 
 def pair(main: str = "matmul", side: str = "s", size: int = 1000, hidden: float = 0.5, **more: object) -> Pair:
@@ -72,7 +73,8 @@ def test_the_interval_of_a_median() -> None:
 
 
 def test_a_file_and_back() -> None:
-    table = Contention("NVIDIA H200", (pair(), pair(main="memory", priority=True)), (Alone("rest", 10, 1e-6),))
+    pairs, alone = (pair(), pair(main="memory", priority=True)), (Alone("rest", 10, 1e-6),)
+    table = Contention("NVIDIA H200", pairs, alone, Host(5e-5, 3e-4))
     assert contention.load("NVIDIA H200") is None
     path = contention.save(table)
     assert path is not None
@@ -100,6 +102,22 @@ def test_a_directory_that_cannot_be_written_is_no_error(monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MHC_COMPILE_CACHE_DIR", str(tmp_path / "file" / "below"))
     assert contention.save(Contention("gpu", (pair(),))) is None
+
+
+@pytest.mark.parametrize("host", [Host(0.0, 1e-4), Host(1e-4, float("nan"))])
+def test_a_host_that_cannot_be_is_no_file(host: Host) -> None:
+    contention.save(Contention("gpu", (pair(),), host=host))
+    assert contention.load("gpu") is None
+
+
+@pytest.mark.gpu
+def test_the_host_of_a_device() -> None:
+    import torch
+
+    x = torch.randn(256, 256, device="cuda")
+    host = measure([lambda: torch.sin(x)])
+    assert 1e-6 < host.launch < 1e-2
+    assert 1e-6 < host.move < 1e-1
 
 
 @pytest.mark.gpu

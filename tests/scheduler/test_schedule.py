@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mhc_compile.scheduler import emit, schedule
 from mhc_compile.scheduler.assign import Plan, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.emit import FORK
+from mhc_compile.scheduler.host import Host
 from mhc_compile.scheduler.schedule import ScheduleLog, SchedulePass, forks, plan_graph, schedule_patches, using
 from tests.lowering.interpreter import interpreted
 from tests.scheduler.graphs import SIDE, Step, compiled, greedy_buffers, side
@@ -27,7 +29,13 @@ def table(hidden: float = 1.0, kind: str = "mhc_test.side", seconds: float = 5e-
     sizes = [10 * 4**power for power in range(10)]
     mains = ("matmul", "attention", "memory", "communication")
     shares = (hidden, hidden, hidden)
-    return Contention("test", tuple(Pair(m, kind, s, False, 1e-5, seconds, *shares, 1.0) for m in mains for s in sizes))
+    pairs = tuple(Pair(m, kind, s, False, 1e-5, seconds, *shares, 1.0) for m in mains for s in sizes)
+    return Contention("test", pairs, host=Host(0.0, 0.0))
+
+
+def slow_host() -> Contention:
+    """The same table on a host that needs a second a launch."""
+    return replace(table(), host=Host(1.0, 0.0))
 
 
 def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +169,6 @@ def test_beside_collectives_a_plan_has_to_promise_more(monkeypatch: pytest.Monke
         first.kind = "communication"
         return dag
 
-    monkeypatch.setattr(schedule, "HOST_SECONDS", 0.0)
-    monkeypatch.setattr(schedule, "HOST_MOVE_SECONDS", 0.0)
     graphs = [graph_of(model, torch.randn(8, 8), torch.randn(8, 8)) for _ in range(4)]
     monkeypatch.setattr(schedule, "COMMUNICATION_GAIN", 0.9)
     assert plan_graph(graphs[0].graph, table()).moves
@@ -185,23 +191,39 @@ def test_a_graph_without_a_gain_is_left_as_it_was(contention: Contention) -> Non
     assert plan.reason
 
 
-def test_where_the_host_is_the_bottleneck_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_host_is_the_bottleneck_nothing_moves() -> None:
     gm = graph_of(model, torch.randn(8, 8), torch.randn(8, 8))
-    monkeypatch.setattr(schedule, "HOST_SECONDS", 1.0)
-    plan = plan_graph(gm.graph, table())
+    plan = plan_graph(gm.graph, slow_host())
     assert "the host is the bottleneck" in plan.reason
     assert {one.stream for one in plan.timeline} == {"main"}, "a trace shows what runs"
     assert list(forks(gm.graph)) == []
     from torch._inductor import config
 
     with config.patch({"triton.cudagraphs": True}):
-        assert plan_graph(gm.graph, table()).moves
+        assert plan_graph(gm.graph, slow_host()).moves
+
+
+def test_the_report_writes_a_trace(tmp_path: Path) -> None:
+    log = ScheduleLog()
+    with using(table()):
+        planner: Any = schedule_patches({}, log)[schedule.SEAM]
+    planner(graph_of(model, torch.randn(8, 8), torch.randn(8, 8)).graph)
+    events = json.loads(log.write_trace(tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"predicted: forward"} == {one["args"]["name"] for one in events if one["name"] == "process_name"}
+
+
+def test_what_the_moves_cost_the_host_counts() -> None:
+    """The launches alone are quicker than the device: the moves are not."""
+    moves = 2
+    seconds = plan_graph(graph_of(model, torch.randn(8, 8), torch.randn(8, 8)).graph, table()).serial
+    for each, expected in ((0.4 * seconds, moves), (0.6 * seconds, 0)):
+        graph = graph_of(model, torch.randn(8, 8), torch.randn(8, 8)).graph
+        assert len(plan_graph(graph, replace(table(), host=Host(0.0, each))).moves) == expected
 
 
 def test_in_a_graph_of_the_users_the_host_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MHC_COMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(schedule, "HOST_SECONDS", 1.0)
-    monkeypatch.setattr(schedule, "available", lambda: (table(), ""))
+    monkeypatch.setattr(schedule, "available", lambda: (slow_host(), ""))
     moved = {}
     for captured in (False, True):
         log = ScheduleLog()
