@@ -422,7 +422,8 @@ def one_gpu(arguments: argparse.Namespace) -> None:
     if "pairs" in arguments.only or kept is None:
         start = time.perf_counter()
         width = MODELS[arguments.model]["hidden_size"]
-        kept = contention_of.calibrate(cases, others, [(tokens, width) for tokens in MEASURED])
+        rank = (not arguments.inductor_graphs,)  # inductor captures its graphs on a stream without priority
+        kept = contention_of.calibrate(cases, others, [(tokens, width) for tokens in MEASURED], rank)
         results["pairs_s"] = round(time.perf_counter() - start, 1)
     results |= {"pairs": [asdict(pair) for pair in kept.pairs], "alone": [asdict(one) for one in kept.alone]}
     print(contention_of.table(kept), f"{results.get('pairs_s', 0)} s", sep="\n", flush=True)

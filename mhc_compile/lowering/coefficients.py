@@ -1,8 +1,8 @@
 """coefficients, forward: a skinny GEMM that also sums the squares, then one small kernel from logits to coefficients.
 
 `project` reads X once: tiles of X go straight from memory to the tensor core (an operand computed in registers would
-pay a layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32. `activate`
-divides by the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
+pay a layout conversion a tile) against phi as two halves of X's dtype, phi = hi + lo, accumulated in float32.
+`activate` divides by the norm, scales, adds the bias, applies the gate and runs Sinkhorn on chip.
 Traffic, n = 4: project 4 u + phi; activate about 0.1 u.
 """
 

@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Contention:
     device: str
     pairs: tuple[Pair, ...] = ()
     alone: tuple[Alone, ...] = ()
-    host: Host = Host()
+    host: Host = field(default_factory=Host)
 
     def pair(self, main: str, side: str, size: int, priority: bool = False) -> Pair | None:
         """The measurement nearest in bytes to a side task of `size`, None where nothing near was measured."""
