@@ -76,7 +76,7 @@ def cache_file(kind: str, device: str) -> Path:
 def load(name: str) -> Device | None:
     """The measured numbers of a device, None if there are none yet (or the file cannot be used)."""
     try:
-        data = json.loads(cache_file("device", name).read_text(encoding="utf-8"))
+        data = json.loads(cache_file("cost", name).read_text(encoding="utf-8"))
         device = Device(**data)
         numbers = [device.bandwidth, device.latency, *device.flops.values()]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -101,7 +101,7 @@ def keep_json(path: Path, data: dict[str, Any], sort_keys: bool = False) -> Path
 
 def save(device: Device) -> None:
     """Keep the numbers for later processes; a directory that cannot be written to is no error."""
-    keep_json(cache_file("device", device.name), asdict(device))
+    keep_json(cache_file("cost", device.name), asdict(device))
 
 
 @functools.cache
@@ -151,14 +151,23 @@ def _copy_seconds(device: torch.device) -> float:
 
 
 def _seconds(call: Any, repeats: int) -> float:
-    """Mean seconds of a call on the current CUDA stream, after two for warming up."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Mean seconds of a call on the current CUDA stream, after two for warming up. The device sleeps until the host has
+    asked for all of them: else what is measured of a small kernel is the host (20 us a launch on a slow one for 1.5)."""
+    slept, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     call(), call()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
+    cycles = 2_000_000
+    for _ in range(5):
+        torch.cuda._sleep(cycles)
+        slept.record()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        asleep = not slept.query()
+        end.synchronize()
+        if asleep:
+            break
+        cycles *= 4
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
