@@ -33,8 +33,9 @@ LEAST_GAIN = 0.002
 MAIN_KINDS = ("matmul", "attention", "memory", "communication")
 EXACT = 8
 """Up to so many moves all subsets are compared."""
-ROOM = 1.25
-"""Room left for a side task before its reader, over its predicted time."""
+ROOM = 2.0
+"""Room left for a side task before its reader, over its predicted time: measured warm, it takes up to twice as long in
+a step."""
 ALIKE = 0.02
 """Of what lies between the best and the worst place: one that loses no more than this above the best is as good."""
 LOOKAHEAD = 200.0

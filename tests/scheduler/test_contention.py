@@ -54,13 +54,14 @@ def test_a_task_that_stays_has_a_time_and_no_pair() -> None:
     ("hidden", "low", "high", "share"),
     [
         (0.5, 0.4, 0.6, 0.5),
+        (0.4, 0.35, 0.45, 0.0),
         (0.3, -0.1, 0.7, 0.0),
         (-0.4, -0.9, 0.0, 0.0),
         (-0.4, -0.5, -0.3, -0.4),
         (1.4, 1.1, 1.6, 1.0),
     ],
 )
-def test_a_share_that_is_noise_is_planned_with_as_none(hidden: float, low: float, high: float, share: float) -> None:
+def test_a_share_that_is_noise_or_small_is_planned_with_as_none(hidden: float, low: float, high: float, share: float) -> None:
     assert pair(hidden=hidden, low=low, high=high).share == share
 
 
