@@ -2,31 +2,34 @@
 
 A chain of sites (coefficients, pre, RMSNorm of the branch input, post; the branch is the identity) in a CUDA graph,
 microseconds a site. The L2 is emptied before each replay: in a model the weights of a layer come from memory. Rows:
-our kernels with four launches a site, with two, and `torch.compile` of the spelled-out chain. What is not compiled
-after `--seconds` is left out and says so.
+our kernels with four launches a site, with two, and `torch.compile` of the spelled-out chain. The result has every row
+and is written after each: one that would begin after `--seconds`, one that fails and one that is not asked for are
+"not measured", with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.chain import Chain, make_inputs, spelled, spelled_single_pass
 from benchmarks.device import graphed, median_us
 from benchmarks.ops import configured
 from benchmarks.record import record
-from benchmarks.site import Site, make_inputs, ours, single_pass, spelled
+from benchmarks.site import WIDTHS, ours, single_pass
+from benchmarks.table import Row, attempt, blank
 from mhc_compile.config import Options
 from mhc_compile.lowering import activate_pre_norm, few_tokens, post_project
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
 
-Chain = Callable[[Tensor, list[Site]], Tensor]
+TOKENS = (1, 8, 64)
 
 
 @contextmanager
@@ -61,13 +64,13 @@ SWEEPS: dict[str, tuple[Any, list[dict[str, int]]]] = {
 ROWS: dict[str, tuple[Chain, Chain, int | None, int]] = {
     "two launches": (ours, spelled, 64, 8),
     "four launches": (ours, spelled, 0, 8),
-    "two launches, single_pass": (single_pass, single_pass, 64, 8),
+    "two launches, single_pass": (single_pass, spelled_single_pass, 64, 8),
     "torch.compile, spelled": (spelled, spelled, None, 2),
 }
 """Name -> (chain, what it should give, `few`, sites)."""
 
 
-def measure(name: str, tokens: int, width: int) -> dict[str, Any]:
+def measure(name: str, tokens: int, width: int) -> Row:
     """Microseconds a site, and the error of the output against float64."""
     chain, reference, most, count = ROWS[name]
     x, sites = make_inputs(tokens, width, count)
@@ -78,8 +81,13 @@ def measure(name: str, tokens: int, width: int) -> dict[str, Any]:
         exact = reference(x.double(), [tuple(t.double() for t in site) for site in sites])  # type: ignore[misc]  # six tensors again
         error = float((got - exact).norm() / exact.norm())
         us = median_us(graphed(lambda: function(x, sites))) / count
-    print(f"T {tokens:3d}  C {width}  {name:28s} {us:7.2f} us a site  error {error:.1e}", flush=True)
     return {"us_a_site": us, "sites": count, "error": error}
+
+
+def told(name: str, tokens: int, width: int, row: Row) -> str:
+    """The line that is printed for a row."""
+    found = row.get("status") or f"{row['us_a_site']:7.2f} us a site  error {row['error']:.1e}"
+    return f"T {tokens:3d}  C {width}  {name:28s} {found}"
 
 
 def sweep(tokens: list[int], widths: list[int]) -> dict[str, Any]:
@@ -91,14 +99,16 @@ def sweep(tokens: list[int], widths: list[int]) -> dict[str, Any]:
             for width in widths:
                 for count in tokens:
                     with configured(module, "config", setting):
-                        results[f"{kernel}/{setting}/T{count}/C{width}"] = measure("two launches", count, width)
+                        row = measure("two launches", count, width)
+                    results[f"{kernel}/{setting}/T{count}/C{width}"] = row
+                    print(told("two launches", count, width, row), flush=True)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 64])
-    parser.add_argument("--width", type=int, nargs="*", default=[4096, 2560])
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(TOKENS))
+    parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS))
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seconds", type=float, default=45.0, help="nothing is compiled after that")
     parser.add_argument("--sweep", action="store_true", help="settings of the two kernels, takes minutes")
@@ -106,21 +116,22 @@ def main() -> None:
     if arguments.sweep:
         record("decode-sweep", sweep(arguments.tokens, arguments.width))
         return
-    results: dict[str, Any] = {}
-    end = time.monotonic() + arguments.seconds
-    for name in arguments.only:
-        for width in arguments.width:
-            for tokens in arguments.tokens:
-                key = f"{name}/T{tokens}/C{width}"
-                if time.monotonic() > end:
-                    results[key] = {"status": f"not measured: {arguments.seconds:g} s were over"}
-                    continue
-                try:
-                    results[key] = measure(name, tokens, width)
-                except Exception as error:  # a row of the table, not the end of it
-                    results[key] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-                    print(key, results[key]["status"], flush=True)
-                record("decode", results, quiet=True, tokens=arguments.tokens, widths=arguments.width)
+    start = time.perf_counter()
+    widths = dict.fromkeys([*arguments.width, *WIDTHS])
+    counts = dict.fromkeys([*arguments.tokens, *TOKENS])
+    every = [(name, tokens, width) for name in ROWS for width in widths for tokens in counts]
+    rows = {f"{name}/T{tokens}/C{width}": (name, tokens, width) for name, tokens, width in every}
+
+    def is_asked(name: str, tokens: int, width: int) -> bool:
+        return name in arguments.only and tokens in arguments.tokens and width in arguments.width
+
+    asked = [key for key, row in rows.items() if is_asked(*row)]
+    results = blank(rows, asked)
+    for key, row in rows.items():
+        if key in asked:
+            results[key] = attempt(functools.partial(measure, *row), start, arguments.seconds)
+            record("decode", results, quiet=True, tokens=arguments.tokens, widths=arguments.width)
+        print(told(*row, results[key]), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ through `backend="inductor"` and through `backend="mhc"`, which raises its hyper
 kernels. One layer (two sites, and the head that collapses the streams): inductor needs some 15 seconds for the 20
 spelled-out rounds of every site, besides what attention and experts need.
 
-The result is written after every row; a row that would begin after `--seconds` is left out and named.
+The result has every row and is written after each: a row that would begin after `--seconds`, one that fails and one
+that `--only` leaves out are "not measured", with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from torch import nn
 
 from benchmarks.device import median_us
 from benchmarks.record import RESULTS, record
+from benchmarks.table import Row, attempt, blank
 from mhc_compile.backend import mhc, reports
 
 
@@ -60,7 +63,8 @@ def training_step(backend: str | None, layers: int, width: int, tokens: int, dev
     return step
 
 
-def measure(backend: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, arguments: argparse.Namespace) -> Row:
+    backend = ROWS[name]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     gc.collect()
@@ -82,7 +86,7 @@ def measure(backend: str | None, arguments: argparse.Namespace) -> dict[str, Any
     }
 
 
-def compare(results: dict[str, dict[str, Any]]) -> None:
+def compare(results: dict[str, Row]) -> None:
     """How much faster each row that was measured is than eager and than torch.compile, beside its time."""
     for other in ("eager", "torch.compile"):
         base = results.get(other, {}).get("step_ms")
@@ -101,23 +105,18 @@ def main() -> None:
     parser.add_argument("--name", default="raised", help="file under benchmarks/results")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    results: dict[str, dict[str, Any]] = {}
+    results = blank(ROWS, arguments.only)
     path = RESULTS / f"{arguments.name}.json"
     facts = {
         "model": "DeepSeek-V4, Hugging Face, tiny configuration with a wider hidden size",
         "layers": arguments.layers, "sites": 2 * arguments.layers, "tokens": arguments.tokens, "width": arguments.width,
     }  # fmt: skip
-    for name in arguments.only:
-        if time.perf_counter() - start > arguments.seconds:
-            results[name] = {"status": f"not measured: {arguments.seconds:g} s were over"}
-        else:
-            try:
-                results[name] = measure(ROWS[name], arguments)
-            except Exception as error:  # a failing row is a row of the table
-                results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:600]}"}
-        compare(results)
+    for name in ROWS:
+        if name in arguments.only:
+            results[name] = attempt(functools.partial(measure, name, arguments), start, arguments.seconds)
+            compare(results)
+            record("raised", results, path, quiet=True, **facts)
         print(f"{name:16s} {results[name]}", flush=True)
-        record("raised", results, path, quiet=True, **facts)
     print(f"written: {path}")
 
 

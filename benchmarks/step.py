@@ -4,12 +4,19 @@ Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM 
 2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the
 base. Each is compiled and measured alone; then all of them step in turns, which is what counts: `step_ms` is the median
 of that and `over_plain` the median of the ratios of a round, with its least and its greatest; `alone_ms` is the first.
-The result is written after every row; a row that would begin after `--seconds` is left out and named.
+
+The peers' rows are the same model with hyper-connections written around its sublayers (`benchmarks.wrapped`):
+DeepSeek-V4's spelling through `torch.compile`, and the kernels of TileKernels and Liger with inductor for all that lies
+between them (`pip install -e '.[peers]'`, Python 3.12).
+
+The result has every row and is written after each: a peer that is not installed, a row that would begin after
+`--seconds` and one that `--only` leaves out are "not measured", with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import time
@@ -19,18 +26,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.chain import SiteFunction, spelled_site
 from benchmarks.device import in_turns, median_us
+from benchmarks.peers import liger_site, tile_kernels_site
 from benchmarks.record import RESULTS, record
+from benchmarks.table import Row, attempt, blank, chosen
+from benchmarks.wrapped import compile_parts, wrap
 from mhc_compile.backend import mhc
 
+
+def converted(**options: Any) -> Callable[[nn.Module], Any]:
+    """Through our backend."""
+    return lambda model: torch.compile(model, backend=mhc, options=options)
+
+
+def by_peer(site: Callable[[], SiteFunction | str]) -> Callable[[nn.Module], Any]:
+    """Around a peer's kernels, or why there are none."""
+
+    def build(model: nn.Module) -> Any:
+        function = site()
+        return function if isinstance(function, str) else compile_parts(wrap(model, function))
+
+    return build
+
+
 BASE = "plain, inductor"
-ROWS: dict[str, dict[str, Any] | None] = {
-    BASE: None,
-    "mhc": {},
-    "mhc, single_pass": {"variant": "single_pass"},
-    "mhc, identity": {"variant": "identity"},
-    "mhc, native bodies": {"lowering": "native"},
+ROWS: dict[str, Callable[[nn.Module], Any]] = {
+    BASE: torch.compile,
+    "mhc": converted(),
+    "mhc, single_pass": converted(variant="single_pass"),
+    "TileKernels": by_peer(tile_kernels_site),
+    "torch.compile, spelled": lambda model: torch.compile(wrap(model, spelled_site)),
+    "Liger": by_peer(liger_site),
+    "mhc, identity": converted(variant="identity"),
+    "mhc, native bodies": converted(lowering="native"),
 }
+"""Name -> (plain model -> what steps, or why there is nothing), in the order in which they are measured."""
 
 
 def build(layers: int) -> nn.Module:
@@ -44,14 +75,16 @@ def build(layers: int) -> nn.Module:
     return Qwen3Model(config).to(device="cuda", dtype=torch.bfloat16).train()
 
 
-def measure(options: dict[str, Any] | None, layers: int, tokens: Tensor, profile: bool) -> dict[str, Any]:
+def measure(name: str, layers: int, tokens: Tensor, profile: bool) -> Row | str:
     """A row of its own, and under `step` its training step, to be taken out."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     others = torch.cuda.memory_allocated()
     model = build(layers)
-    compiled: Any = torch.compile(model) if options is None else torch.compile(model, backend=mhc, options=options)
+    compiled = ROWS[name](model)
+    if isinstance(compiled, str):
+        return compiled
 
     def step() -> None:
         # A mask of None a layer kind is the causal flash path; left out, the mask is built and every kernel is slower.
@@ -99,38 +132,33 @@ def show_kernels(step: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--only", nargs="*", default=None, help="exact names of rows")
+    parser.add_argument("--only", nargs="*", default=None, help="names of rows; * stands for anything")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--seconds", type=float, default=540, help="rows that would begin later are left out and named")
     parser.add_argument("--name", default="step", help="file under benchmarks/results")
     arguments = parser.parse_args()
+    only = chosen(ROWS, arguments.only, parser)
     start = time.perf_counter()
     tokens = torch.randint(0, 1024, (arguments.batch, arguments.length), device="cuda")
-    results: dict[str, Any] = {}
+    results = blank(ROWS, only)
     steps: dict[str, Callable[[], object]] = {}
     path = RESULTS / f"{arguments.name}.json"
     shape = {"layers": arguments.layers, "tokens": [arguments.batch, arguments.length]}
-    for name, options in ROWS.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        if time.perf_counter() - start > arguments.seconds:
-            results[name] = {"status": f"not measured: {arguments.seconds:g} s were over"}
-        else:
-            try:
-                results[name] = measure(options, arguments.layers, tokens, arguments.profile)
-            except Exception as error:  # a failing row is a row of the table
-                results[name] = {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
-        if "step" in results[name]:
-            steps[name] = results[name].pop("step")
-        base = results.get(BASE, {}).get("step_ms")
-        if base and "step_ms" in results[name]:
-            results[name]["over_plain"] = results[name]["step_ms"] / base - 1
+    for name in ROWS:
+        if name in only:
+            row = functools.partial(measure, name, arguments.layers, tokens, arguments.profile)
+            results[name] = attempt(row, start, arguments.seconds)
+            if "step" in results[name]:
+                steps[name] = results[name].pop("step")
+            base = results[BASE].get("step_ms")
+            if base and "step_ms" in results[name]:
+                results[name]["over_plain"] = results[name]["step_ms"] / base - 1
+            record("step", results, path, quiet=True, **shape)
         print(told(name, results[name]), flush=True)
-        record("step", results, path, quiet=True, **shape)
     if len(steps) > 1:
         compare(results, steps)
         print("in turns:", *(told(name, results[name]) for name in steps), sep="\n", flush=True)
@@ -138,7 +166,7 @@ def main() -> None:
     print(f"written: {path}")
 
 
-def told(name: str, row: dict[str, Any]) -> str:
+def told(name: str, row: Row) -> str:
     """The line that is printed for a row."""
     if "status" in row:
         return f"{name:24s} {row['status']}"

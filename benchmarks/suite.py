@@ -5,6 +5,9 @@ row, many at a time, which fills the caches of inductor and Triton (what is meas
 after the other on each GPU, from these caches. Kernels have their fixed settings (`MHC_COMPILE_AUTOTUNE=0`), so that
 two runs compare; `python -m mhc_compile tune` says what other settings would gain.
 
+A part begins no row after its own `--seconds`, and names those that it left out, before it is stopped after
+`Part.seconds`. One part alone takes at most as long as `--ahead-seconds` and that: `suite site` about eight minutes.
+
 A part's output is written to DIR/<part>.log, its result to DIR/<name>.json (default: benchmarks/results).
 """
 
@@ -24,6 +27,9 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS
 
+AHEAD_SECONDS = 290
+"""Compilations ahead are stopped then, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -32,36 +38,51 @@ class Part:
     command: tuple[str, ...]
     """Module under benchmarks, and its arguments."""
     ahead: tuple[str, ...] = ()
-    """Rows (values of its `--only`) that are compiled ahead, each in a process of its own."""
+    """Rows (values of its `--only`) that are compiled ahead, each in a process of its own: what takes longest first."""
+    each: tuple[tuple[str, ...], ...] = ((),)
+    """Arguments with which each of these rows is compiled ahead, again in processes of their own."""
     seconds: int = 300
-    """It is stopped after that."""
+    """It is stopped after that. Its own `--seconds` end earlier, so that rows without time are named."""
 
 
 PARTS: dict[str, Part] = {
-    "memory": Part(("memory", "--only", "plain", "off", "memory"), ("off", "memory", "plain"), 400),
+    "memory": Part(
+        ("memory", "--seconds", "260", "--only", "plain", "off", "memory"), ("off", "memory", "plain"), seconds=400
+    ),
+    # Liger's first call takes 107 s a width, inductor minutes for the spelled-out rounds: a process for each width.
     "site": Part(
-        ("site",),
-        ("torch.compile, spelled", "mhc, native bodies through inductor", "TileKernels", "mhc", "mhc, single_pass"),
-        400,
+        ("site", "--seconds", "150"),
+        (
+            "Liger", "torch.compile, spelled", "mhc, native bodies through inductor", "TileKernels", "mhc",
+            "mhc, single_pass", "mhc, opaque launches",
+        ),
+        (("--width", "4096"), ("--width", "2560")),
+        seconds=190,
     ),
-    "schedule": Part(("schedule",)),
+    "schedule": Part(("schedule", "--seconds", "145")),
     "step": Part(
-        ("step", "--profile", "--only", "plain, inductor", "mhc", "mhc, single_pass", "mhc, identity"),
-        ("mhc, single_pass", "mhc", "plain, inductor", "mhc, identity"),
+        (
+            "step", "--profile", "--seconds", "200", "--only", "plain, inductor", "mhc", "mhc, single_pass",
+            "TileKernels", "torch.compile, spelled", "Liger", "mhc, identity",
+        ),
+        (
+            "torch.compile, spelled", "Liger", "TileKernels", "mhc, single_pass", "mhc", "plain, inductor",
+            "mhc, identity",
+        ),
     ),
-    "raised": Part(("raised",), ("torch.compile", "mhc")),
+    "raised": Part(("raised", "--seconds", "200"), ("torch.compile", "mhc")),
     "schedule-graphs": Part(("schedule", "--inductor-graphs", "--seconds", "70")),
-    "decode": Part(("decode", "--seconds", "120")),
-    "ops": Part(("ops",)),
+    "decode": Part(("decode", "--seconds", "240")),
+    "ops": Part(("ops", "--seconds", "240")),
 }  # fmt: skip
 """What takes longest comes first."""
 
 
-def arguments_of(part: Part, row: str | None = None) -> list[str]:
-    """The command line of a part, or of one of its rows alone."""
+def arguments_of(part: Part, row: str | None = None, more: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a part, or of one of its rows alone with `more` arguments."""
     module, *rest = part.command
     if row is not None:
-        rest = [*(rest[: rest.index("--only")] if "--only" in rest else rest), "--only", row]
+        rest = [*(rest[: rest.index("--only")] if "--only" in rest else rest), *more, "--only", row]
     return [sys.executable, "-m", f"benchmarks.{module}", *rest]
 
 
@@ -84,12 +105,12 @@ def run(command: list[str], gpu: int, log: Path, environment: dict[str, str], se
 
 def compile_ahead(parts: list[Part], gpus: int, jobs: int, seconds: float) -> None:
     """Every row that can be compiled ahead, `jobs` at a time, the GPUs in turn; results and calibrations are lost."""
-    rows = [(part, row) for part in parts for row in part.ahead]
+    rows = [(part, row, more) for part in parts for row in part.ahead for more in part.each]
     end = time.perf_counter() + seconds
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
 
         def one(index: int) -> None:
-            part, row = rows[index]
+            part, row, more = rows[index]
             folder = Path(scratch) / str(index)
             folder.mkdir()
             threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -98,9 +119,10 @@ def compile_ahead(parts: list[Part], gpus: int, jobs: int, seconds: float) -> No
                 "TORCHINDUCTOR_COMPILE_THREADS": threads,
             }  # fmt: skip
             left = end - time.perf_counter()
-            took = run(arguments_of(part, row), index % gpus, folder / "log", environment, max(left, 1))
+            took = run(arguments_of(part, row, more), index % gpus, folder / "log", environment, max(left, 1))
             last = (folder / "log").read_text().splitlines()[-1:]
-            print(f"ahead: {part.command[0]}, {row}: {took:.0f} s  {' '.join(last)[:110]}", flush=True)
+            what = " ".join((part.command[0], *more))
+            print(f"ahead: {what}, {row}: {took:.0f} s  {' '.join(last)[:110]}", flush=True)
 
         list(pool.map(one, range(len(rows))))
 
@@ -133,7 +155,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=8, help="compilations at a time")
-    parser.add_argument("--ahead-seconds", type=float, default=300, help="compilations ahead are stopped then")
+    parser.add_argument("--ahead-seconds", type=float, default=AHEAD_SECONDS, help="then they are stopped")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of logs and results")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)

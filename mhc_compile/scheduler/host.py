@@ -68,10 +68,13 @@ def _launch() -> float:
     return _seconds(step, 15) / (3 * LAYERS)
 
 
+def call_of_little() -> str:
+    """A call that does next to nothing, as a fork takes it."""
+    return '["aten.neg.default", [{"input": 0}], {}]'
+
+
 def _fork_and_join() -> Callable[[], object]:
-    """Both, around a call that does next to nothing."""
     from .emit import FORK, JOIN
 
-    x = torch.ones(1, device="cuda")
-    call = '["aten.neg.default", [{"input": 0}], {}]'
+    x, call = torch.ones(1, device="cuda"), call_of_little()
     return lambda: JOIN(FORK([x], call, 0), [], call, 0)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import tomllib
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.chain import errors, make_inputs, rms_norm, spelled_transposed
+from benchmarks import peers, site, step
+from benchmarks.chain import (
+    chained,
+    errors,
+    make_inputs,
+    rms_norm,
+    spelled,
+    spelled_coefficients,
+    spelled_post,
+    spelled_pre,
+    spelled_transposed,
+)
 
 Pair = tuple[Callable[..., Any], Callable[..., Tensor]]
 
@@ -56,8 +68,8 @@ def restated() -> Any:
 
     def sinkhorn(comb: Tensor, repeat: int, eps: float) -> Tensor:
         comb = comb.softmax(-1) + eps
-        for step in range(2 * repeat - 1):
-            comb = comb / (comb.sum(-1 if step % 2 else -2, keepdim=True) + eps)
+        for half in range(2 * repeat - 1):
+            comb = comb / (comb.sum(-1 if half % 2 else -2, keepdim=True) + eps)
         return comb
 
     def post(y: Tensor, x: Tensor, h_post: Tensor, comb: Tensor) -> Tensor:
@@ -75,7 +87,7 @@ def restated() -> Any:
 
 def check(pair: Pair) -> None:
     x, sites = make_inputs(24, 64, 2, device="cpu")
-    error = errors(peers.tile_kernels_sites(*pair, rms_norm), spelled_transposed, x, sites, checked=8)
+    error = errors(chained(peers.tile_kernels_functions(*pair)), spelled_transposed, x, sites, checked=8)
     # A bf16 chain of two sites; the transposed mix taken the other way round is wrong by a half.
     assert error["output"] < 0.01, error
     assert error["dx"] < 0.02, error
@@ -104,11 +116,44 @@ def test_peers_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch) ->
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(peers.importlib, "import_module", missing)
-    for chain in (peers.liger_chain, peers.tile_kernels_chain):
+    for chain in (peers.liger_site, peers.liger_chain, peers.tile_kernels_site, peers.tile_kernels_chain):
         reason = chain()
         assert isinstance(reason, str)
         assert reason.startswith("not measured: ")
         assert "No module named" in reason
+
+
+def test_liger_is_called_around_the_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins of its functions in plain torch: it takes phi the other way round and mixes by ``comb`` itself."""
+
+    def coeffs(x: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+        assert all(alpha.dim() == 0 for alpha in alphas)
+        assert (settings["tmax"], settings["post_mult"], settings["allow_fp32"]) == (20, 2.0, False)
+        return spelled_coefficients(x, (phi.t(), bias, *alphas))
+
+    functional = types.SimpleNamespace(
+        liger_mhc_coeffs=coeffs,
+        liger_mhc_pre=spelled_pre,
+        liger_mhc_post_res=lambda x, y, post, res: spelled_post(x, y, post, res, transpose=False),
+        liger_rms_norm=lambda u, weight, eps: rms_norm(u, weight),
+    )
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: functional)
+    chain = peers.liger_chain()
+    assert not isinstance(chain, str)
+    x, sites = make_inputs(24, 64, 2, device="cpu")
+    assert torch.equal(chain(x, sites), spelled(x, sites))
+
+
+def test_an_extra_installs_the_peers() -> None:
+    """The versions that were seen to work together; version 2 of TileKernels is the one that cannot be measured."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = {one.partition(";")[0].strip() for one in project["optional-dependencies"]["peers"]}
+    assert wanted == {
+        "liger-kernel>=0.8", "tile-kernels<2", "tilelang", "apache-tvm-ffi<0.1.13", "z3-solver<4.15.5",
+        "torch-c-dlpack-ext",
+    }  # fmt: skip
+    for module in (site, step):
+        assert "pip install -e '.[peers]'" in str(module.__doc__)
 
 
 def test_version_two_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

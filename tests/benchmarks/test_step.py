@@ -13,15 +13,15 @@ import torch
 from benchmarks import device, raised, step
 
 
-def prepare(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[Any, float]) -> None:
+def prepare(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> None:
     """``module`` without a GPU: a row takes ten seconds of a clock of ours and a step the time that ``times`` says."""
     clock = [0.0]
 
-    def measure(row: Any, *_: Any) -> dict[str, Any]:
+    def measure(name: str, *_: Any) -> dict[str, Any]:
         clock[0] += 10
-        if str(row) not in times:
+        if name not in times:
             raise RuntimeError("this one breaks")
-        return {"step_ms": times[str(row)], "compile_s": 1.0, "peak_GiB": 1.0, "graphs": 1}
+        return {"step_ms": times[name], "compile_s": 1.0, "peak_GiB": 1.0, "graphs": 1}
 
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
@@ -39,15 +39,34 @@ def results_of(path: Path) -> dict[str, Any]:
     return results
 
 
-def test_step_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(step, tmp_path, monkeypatch, {"None": 40.0, "{}": 42.0})
-    run(step, monkeypatch, "--seconds", "25", "--name", "part")
+def test_step_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(step, tmp_path, monkeypatch, {"plain, inductor": 40.0, "mhc": 42.0})
+    asked = ["plain, inductor", "mhc", "mhc, single_pass", "mhc, identity"]
+    run(step, monkeypatch, "--seconds", "25", "--name", "part", "--only", *asked)
     results = results_of(tmp_path / "part.json")
     assert list(results) == list(step.ROWS)
     assert results["plain, inductor"]["over_plain"] == 0
     assert results["mhc"]["over_plain"] == pytest.approx(0.05)
-    assert results["mhc, single_pass"] == {"status": "failed: RuntimeError: this one breaks"}
+    assert results["mhc, single_pass"] == {"status": "not measured: RuntimeError: this one breaks"}
     assert results["mhc, identity"] == {"status": "not measured: 25 s were over"}
+    unasked = {name for name, row in results.items() if row == {"status": "not measured: not asked for"}}
+    assert unasked == set(step.ROWS) - set(asked)
+    assert capsys.readouterr().out.count("not measured: not asked for") == len(unasked)
+
+
+def test_an_unknown_row_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(step, monkeypatch, "--only", "mhc", "Tiger")
+    assert "no row 'Tiger'; there are 'plain, inductor', 'mhc'" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "not measured: No module named 'tile_kernels'"
+    monkeypatch.setattr(step, "build", lambda layers: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setitem(step.ROWS, "TileKernels", step.by_peer(lambda: reason))
+    assert step.measure("TileKernels", 1, torch.zeros(1, 4), False) == reason
 
 
 def test_steps_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,11 +90,13 @@ def test_steps_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 42.0 < results["mhc"]["step_ms"] < 50.0
 
 
-@pytest.mark.parametrize(("module", "rows"), [(step, ["plain, inductor", "mhc"]), (raised, ["eager", "mhc"])])
+@pytest.mark.parametrize(
+    ("module", "rows"), [(step, ["plain, inductor", "mhc"]), (raised, ["eager", "mhc"])], ids=["step", "raised"]
+)
 def test_rows_are_kept_when_the_run_is_cut_off(
     module: ModuleType, rows: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(module, tmp_path, monkeypatch, {"None": 40.0, "{}": 42.0, "mhc": 20.0})
+    prepare(module, tmp_path, monkeypatch, {"plain, inductor": 40.0, "eager": 40.0, "mhc": 42.0})
     calls = []
     real = module.measure
 
@@ -88,11 +109,14 @@ def test_rows_are_kept_when_the_run_is_cut_off(
     monkeypatch.setattr(module, "measure", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run(module, monkeypatch)
-    assert list(results_of(tmp_path / f"{module.__name__.split('.')[1]}.json")) == rows
+    results = results_of(tmp_path / f"{module.__name__.split('.')[1]}.json")
+    assert [name for name, row in results.items() if "step_ms" in row] == rows
+    later = [row for name, row in results.items() if name not in rows]
+    assert later == [{"status": "not measured: the run ended before it"}] * (len(module.ROWS) - 2)
 
 
 def test_raised_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(raised, tmp_path, monkeypatch, {"None": 60.0, "mhc": 20.0, "inductor": 30.0})
+    prepare(raised, tmp_path, monkeypatch, {"eager": 60.0, "mhc": 20.0, "torch.compile": 30.0})
     run(raised, monkeypatch)
     written = json.loads((tmp_path / "raised.json").read_text())
     results = written["results"]
@@ -102,12 +126,16 @@ def test_raised_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (written["layers"], written["sites"], written["width"]) == (1, 2, 2560)
 
 
-def test_raised_leaves_out_what_would_begin_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(raised, tmp_path, monkeypatch, {"None": 60.0, "mhc": 20.0})
-    run(raised, monkeypatch, "--seconds", "15")
+def test_raised_names_what_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(raised, tmp_path, monkeypatch, {"eager": 60.0, "mhc": 20.0})
+    run(raised, monkeypatch, "--seconds", "5", "--only", "mhc", "torch.compile")
     results = results_of(tmp_path / "raised.json")
-    assert results["torch.compile"] == {"status": "not measured: 15 s were over"}
-    assert "faster_than_torch.compile" not in results["mhc"]
+    assert results["eager"] == {"status": "not measured: not asked for"}
+    assert results["torch.compile"] == {"status": "not measured: 5 s were over"}
+    assert set(results["mhc"]).isdisjoint({"faster_than_eager", "faster_than_torch.compile"})
+    assert "not measured: not asked for" in capsys.readouterr().out
 
 
 def test_the_raised_model_steps() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import suite
+from benchmarks import site, suite
 
 
 def test_rows_and_commands_exist() -> None:
@@ -20,9 +20,28 @@ def test_rows_and_commands_exist() -> None:
         if "--only" in part.command:
             assert set(part.command[part.command.index("--only") + 1 :]) <= set(rows), name
         for row in part.ahead:
-            assert suite.arguments_of(part, row)[-2:] == ["--only", row]
-            assert suite.arguments_of(part, row).count("--only") == 1
+            for more in part.each:
+                command = suite.arguments_of(part, row, more)
+                assert command[-2 - len(more) :] == [*more, "--only", row]
+                assert command.count("--only") == 1
         assert suite.arguments_of(part)[2:] == [f"benchmarks.{part.command[0]}", *part.command[1:]]
+
+
+def test_rows_without_time_are_named_before_a_part_is_stopped() -> None:
+    for name, part in suite.PARTS.items():
+        own = float(part.command[part.command.index("--seconds") + 1])
+        assert own + 30 <= part.seconds, name
+
+
+def test_what_compiles_long_is_compiled_ahead() -> None:
+    """All rows of a site and of a step, but for those that compile nothing, a width at a time."""
+    parts = suite.PARTS
+    assert set(parts["site"].ahead) == {name for name in site.ROWS if not name.startswith("eager")}
+    assert [more[1] for more in parts["site"].each] == [str(width) for width in site.WIDTHS]
+    step = parts["step"]
+    assert set(step.ahead) == set(step.command[step.command.index("--only") + 1 :])
+    assert {"TileKernels", "torch.compile, spelled", "Liger"} <= set(step.ahead)
+    assert suite.AHEAD_SECONDS + parts["site"].seconds <= 480
 
 
 def test_what_fails_is_told(tmp_path: Path) -> None:
@@ -37,7 +56,7 @@ def test_what_fails_is_told(tmp_path: Path) -> None:
 
 def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     script = "import os; print(os.environ['BENCHMARK_RESULTS'])"
-    monkeypatch.setattr(suite, "arguments_of", lambda part, row=None: [sys.executable, "-c", script])
+    monkeypatch.setattr(suite, "arguments_of", lambda part, row=None, more=(): [sys.executable, "-c", script])
     names = list(suite.PARTS)[:3]
     suite.measure(names, 2, tmp_path)
     assert [(tmp_path / f"{name}.log").read_text() for name in names] == [f"{tmp_path}\n"] * 3

@@ -8,7 +8,7 @@ import pytest
 
 from mhc_compile.scheduler import contention
 from mhc_compile.scheduler.contention import Alone, Contention, Pair
-from mhc_compile.scheduler.host import Host, measure
+from mhc_compile.scheduler.host import Host
 
 
 def pair(main: str = "matmul", side: str = "s", size: int = 1000, hidden: float = 0.5, **more: object) -> Pair:
@@ -109,16 +109,6 @@ def test_a_directory_that_cannot_be_written_is_no_error(monkeypatch: pytest.Monk
 def test_a_host_that_cannot_be_is_no_file(host: Host) -> None:
     contention.save(Contention("gpu", (pair(),), host=host))
     assert contention.load("gpu") is None
-
-
-@pytest.mark.gpu
-def test_the_host_of_a_device() -> None:
-    import torch
-
-    x = torch.randn(256, 256, device="cuda")
-    host = measure([lambda: torch.sin(x)])
-    assert 1e-6 < host.launch < 1e-2
-    assert 1e-6 < host.move < 1e-1
 
 
 @pytest.mark.gpu
