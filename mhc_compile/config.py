@@ -167,6 +167,44 @@ class Globs:
         return self.take([glob.strip() for glob in text.split(",") if glob.strip()])
 
 
+FUSIONS = {
+    "norm": "the norm that a branch begins with, into the op that reads the streams",
+    "stream_gradient": "the sum of what a state gets through post, pre and coefficients",
+    "site_boundary": "that sum with the dot products of the post before it",
+    "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
+    "few_tokens": "two launches a site for up to 64 tokens",
+    "replay": "several sites of a recompute plan in one call",
+    "addends": "a sum of gradients into the kernel that reads it",
+}
+"""What the option `fuse` may name, in the order of the passes."""
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """All (True), none (False), or some of `FUSIONS` by name."""
+
+    @property
+    def legal(self) -> str:
+        return f"True, False, or some of {', '.join(map(repr, FUSIONS))}"
+
+    def take(self, value: object) -> object:
+        if isinstance(value, bool):
+            return value
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, (list, tuple, set, frozenset)) or not names:
+            raise ValueError
+        for name in names:
+            if name not in FUSIONS:
+                raise ValueError(_nearest(name, FUSIONS) if isinstance(name, str) else "")
+        return True if set(names) == set(FUSIONS) else tuple(name for name in FUSIONS if name in names)
+
+    def read(self, text: str) -> object:
+        try:
+            return Flag().read(text)
+        except ValueError:
+            return self.take([name.strip() for name in text.split(",") if name.strip()])
+
+
 def _option(default: Any, kind: Kind, doc: str) -> Any:
     return field(default=default, metadata={"kind": kind, "doc": doc})
 
@@ -214,11 +252,13 @@ class Options:
     )
     rewrite: bool = _option(True, Flag(), "Find residual adds and widen them.")
     raise_patterns: bool = _option(True, Flag(), "Find hand-written hyper-connections and replace them by our ops.")
-    fuse: bool = _option(
+    fuse: bool | tuple[str, ...] = _option(
         True,
-        Flag(),
+        Fusions(),
         "Fuse what neighbouring ops have in common into one kernel, and the norm that a branch begins with into the op "
-        "that reads the streams.",
+        "that reads the streams. Names switch single fusions on: "
+        + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items())
+        + ".",
     )
     recompute: str | int = _option(
         "off",
@@ -263,6 +303,10 @@ class Options:
         False, Flag(), "Run the rewritten graph beside the original once; raise if they differ by more than rounding."
     )
 
+    def fuses(self, name: str) -> bool:
+        """True if the fusion of `FUSIONS` is on."""
+        return self.fuse if isinstance(self.fuse, bool) else name in self.fuse
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = _checked(item.name, getattr(self, item.name), text=False)
@@ -282,6 +326,8 @@ def _contradiction(options: Options) -> tuple[str, str] | None:
     if options.memory_budget is not None and options.recompute not in ("speed", "off"):
         what = f"memory_budget is read by recompute='speed' only, and recompute is {options.recompute!r}"
         return what, "recompute='speed', or leave memory_budget out"
+    if options.fuses("site_boundary") and not options.fuses("stream_gradient"):
+        return "fuse='site_boundary' takes up what 'stream_gradient' makes", "fuse=('stream_gradient', 'site_boundary')"
     if options.compiler != "inductor":
         if options.lowering in ("triton", "mlir"):
             what = f"lowering={options.lowering!r} contradicts compiler={options.compiler!r}"

@@ -152,7 +152,7 @@ def _copy_seconds(device: torch.device) -> float:
 
 def _seconds(call: Any, repeats: int) -> float:
     """Mean seconds of a call on the current CUDA stream, after two for warming up. The device sleeps until the host has
-    asked for all of them: else what is measured of a small kernel is the host (20 us a launch on a slow one for 1.5)."""
+    asked for all of them: else what is measured of a small kernel is the host (20 us a launch on a slow one for 2)."""
     slept, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     call(), call()
     cycles = 2_000_000

@@ -127,6 +127,8 @@ class CompileReport:
                 parts.extend(_recompute(result))
         passes = ", ".join(f"{p.name} {p.changed} in {p.seconds * 1e3:.0f} ms" for p in self.passes)
         parts.append(Text(f"passes: {passes}"))
+        if any(entry.provider == "triton" for entry in self.log.entries):  # elsewhere there is no kernel to fold into
+            parts.extend(Text(f"  {p.name}: {note}") for p in self.passes if p.name == "fold_norms" for note in p.notes)
         parts.extend(Text(f"  {line}") for line in self.lowering)
         parts.extend(Text(f"schedule: {line}") for line in self.schedule.lines())
         return parts

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mhc_compile import config
-from mhc_compile.config import PRESETS, Options, Resolved, resolve
+from mhc_compile.config import FUSIONS, PRESETS, Options, Resolved, resolve
 from mhc_compile.errors import OptionError
 
 
@@ -168,6 +168,23 @@ def test_inductor_settings_pass_through_and_win_over_the_mode() -> None:
     assert resolved.inductor == {"max_autotune": False, "coordinate_descent_tuning": True, "x.y": 1}
 
 
+def test_fusions_by_name() -> None:
+    some = Options(fuse=["addends", "norm", "norm"])  # type: ignore[arg-type]  # normalised
+    assert some.fuse == ("norm", "addends"), "in the order of the passes, each once"
+    assert some.fuses("norm")
+    assert not some.fuses("replay")
+    assert Options(fuse=tuple(FUSIONS)).fuse is True
+    assert Options(fuse=tuple(FUSIONS)) == Options()
+    assert all(Options().fuses(name) for name in FUSIONS)
+    assert not any(Options(fuse=False).fuses(name) for name in FUSIONS)
+    with pytest.raises(OptionError, match="Did you mean 'site_boundary'"):
+        Options(fuse=("site_boundry",))
+    with pytest.raises(OptionError, match="not legal"):
+        Options(fuse=())
+    with pytest.raises(OptionError, match="takes up what 'stream_gradient' makes"):
+        Options(fuse=("site_boundary",))
+
+
 def test_unknown_or_contradicting_mode() -> None:
     with pytest.raises(OptionError, match="Did you mean 'max-autotune'"):
         clean(None, "max-autotun")
@@ -182,6 +199,7 @@ def test_unknown_or_contradicting_mode() -> None:
         ("STREAMS", "2", "streams", 2),
         ("VERIFY", "1", "verify", True),
         ("FUSE", "off", "fuse", False),
+        ("FUSE", "replay, norm", "fuse", ("norm", "replay")),
         ("RECOMPUTE", "memory", "recompute", "memory"),
         ("RECOMPUTE", "1GiB", "recompute", 1 << 30),
         ("MEMORY_BUDGET", "None", "memory_budget", None),

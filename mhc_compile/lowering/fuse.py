@@ -1,9 +1,8 @@
 """Fusions over several semantic ops on a partitioned graph, each pattern, check, replace.
 
 `merge_stream_gradients`: the gradient of a stream state arrives as a sum of what came through post, through pre and
-through
-the coefficients, each a tensor of n u, added pairwise. The sum becomes one call that reads 3 n + 1 u and writes n u;
-the three backward ops keep only their small results.
+through the coefficients, each a tensor of n u, added pairwise. The sum becomes one call that reads 3 n + 1 u and writes
+n u; the three backward ops keep only their small results.
 """
 
 from __future__ import annotations
@@ -161,22 +160,23 @@ def merge_stream_gradients(graph: fx.Graph, log: LoweringLog) -> int:
     return len(merged)
 
 
-def run(graph: fx.Graph, log: LoweringLog) -> None:
-    """All fusions, in order."""
+def run(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool] = lambda name: True) -> None:
+    """All fusions that are on, in order."""
     names = {TARGETS.get(node.target) for node in graph.nodes}
-    if "coefficients" in names and not names & set(_STATE_ARGUMENT):
+    if fuses("few_tokens") and "coefficients" in names and not names & set(_STATE_ARGUMENT):
         some = next(node for node in graph.nodes if TARGETS.get(node.target) == "coefficients")
         if not kernels.platform_refusal(device_of(arguments(some))):
             from . import few_tokens
 
             few_tokens.merge(graph, log, kernels.refusal)
-    if {"post", "pre_norm"} <= names:
+    if fuses("post_pre_norm") and {"post", "pre_norm"} <= names:
         from . import post_pre_norm
 
         post_pre_norm.merge(graph, log, kernels.refusal)
-    if "post" in names and names & set(_STATE_ARGUMENT):  # a state of the forward that the backward graph rebuilds
+    # A state of the forward that the backward graph rebuilds.
+    if fuses("replay") and "post" in names and names & set(_STATE_ARGUMENT):
         from . import replay
 
         replay.merge(graph, log, kernels.refusal)
-    if names & set(_STATE_ARGUMENT):
+    if fuses("stream_gradient") and names & set(_STATE_ARGUMENT):
         merge_stream_gradients(graph, log)

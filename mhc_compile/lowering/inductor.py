@@ -159,14 +159,17 @@ class LowerPass(CustomGraphPass):
         """Fuse, then lower."""
         if not any(node.target in TARGETS for node in graph.nodes):
             return
-        fuse = getattr(self.options, "fuse", True) and getattr(self.options, "lowering", "auto") != "native"
+        fuse = getattr(self.options, "lowering", "auto") != "native"
         if fuse:
-            kernels.fuse(graph, self.log)
+            kernels.fuse(graph, self.log, self._fuses)
         lower(graph, self.options, self.log)
         if fuse:
-            kernels.fuse_lowered(graph, self.log)
+            kernels.fuse_lowered(graph, self.log, self._fuses)
         graph.eliminate_dead_code()
         graph.lint()
+
+    def _fuses(self, name: str) -> bool:
+        return self.options is None or bool(self.options.fuses(name))
 
     def uuid(self) -> Any:
         """Identity for FxGraphCache and AOTAutogradCache."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,20 +127,20 @@ def expand_launches(graph: fx.Graph, log: LoweringLog) -> int:
     return opened
 
 
-def fuse(graph: fx.Graph, log: LoweringLog) -> None:
+def fuse(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]) -> None:
     """Fusions over several semantic ops, where the kernels for them can run."""
     from . import fuse as fusions
 
-    fusions.run(graph, log)
+    fusions.run(graph, log, fuses)
 
 
-def fuse_lowered(graph: fx.Graph, log: LoweringLog) -> None:
+def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]) -> None:
     """Fusions of what kernels read with the kernels, once every op has its kernels."""
-    if any(str(node.target).startswith("mhc_kernel.post_dots") for node in graph.nodes):
+    if fuses("site_boundary") and any(str(node.target).startswith("mhc_kernel.post_dots") for node in graph.nodes):
         from . import site_boundary
 
         site_boundary.merge(graph, log)
-    if any(str(node.target).startswith("mhc_kernel.pre_norm_dots") for node in graph.nodes):
+    if fuses("addends") and any(str(node.target).startswith("mhc_kernel.pre_norm_dots") for node in graph.nodes):
         from .addends import take_addends
 
         take_addends(graph, log)

@@ -245,31 +245,35 @@ def _calls(node: object, name: str) -> bool:
     return isinstance(node, fx.Node) and node.target is getattr(torch.ops.mhc_kernel, name).default
 
 
-def _gradient(node: fx.Node) -> fx.Node | None:
-    """The `streams_backward` that `post_dots` reads and that this kernel can make, all its terms there."""
-    named = arguments(node)
-    source = named["grad"]
-    if not _calls(source, "streams_backward") or not named["need_y"] or refusal(fake(named["streams"])):
-        return None
-    before = arguments(source)
-    if any(before[name] is None for name in ("grad", "du", "h_pre", "dm", "phi", "multiple")):
-        return None
-    if (before["h_res"] is None) != (named["h_res"] is None) or fake(named["y"]).dtype != fake(source).dtype:
-        return None
+def _why_apart(source: fx.Node, node: fx.Node) -> str:
+    """Why a `streams_backward` and the `post_dots` that reads it stay two kernels; empty if this one takes both."""
+    before, named = arguments(source), arguments(node)
+    if reason := refusal(fake(named["streams"])):
+        return reason
+    if not named["need_y"]:
+        return "nobody wants the gradient of the branch"
+    missing = [name for name in ("grad", "du", "h_pre", "dm", "phi", "multiple") if before[name] is None]
+    if missing:
+        return f"the gradient of the state has no {', '.join(missing)}"
+    if (before["h_res"] is None) != (named["h_res"] is None):
+        return "one of the two sites has no H_res"
     if named["h_res"] is not None and before["transpose"] != named["transpose"]:
-        return None
-    states = [fake(before["grad"]), fake(named["streams"])]
-    return source if all(state.dtype == fake(source).dtype for state in states) else None
+        return "H_res is transposed in one of the two sites"
+    dtypes = {fake(value).dtype for value in (source, before["grad"], named["streams"], named["y"])}
+    if len(dtypes) > 1:
+        return f"dtypes {', '.join(sorted(map(str, dtypes)))}"
+    if not all(user is node or node < user for user in source.users):
+        return "somebody reads the gradient in between"
+    return ""
 
 
-def find(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """(streams_backward, post_dots) of two neighbouring sites, where nobody reads the gradient in between. Changes
+def find(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node, str]]:
+    """(streams_backward, post_dots, why they stay apart, empty if they do not) of neighbouring sites. Changes
     nothing."""
     found = []
     for node in graph.nodes:
-        source = _gradient(node) if _calls(node, "post_dots") else None
-        if source is not None and all(user is node or node < user for user in source.users):
-            found.append((source, node))
+        if _calls(node, "post_dots") and _calls(source := arguments(node)["grad"], "streams_backward"):
+            found.append((source, node, _why_apart(source, node)))
     return found
 
 
@@ -287,8 +291,12 @@ def _gate_gradient(source: fx.Node, node: fx.Node) -> fx.Node | None:
 
 
 def merge(graph: fx.Graph, log: LoweringLog) -> int:
-    """Replace every pair found by one call; returns how many."""
-    pairs = find(graph)
+    """Replace every pair that can be one call by it; returns how many."""
+    found = find(graph)
+    for _, _, reason in found:
+        if reason:
+            log.record("site boundary", "two kernels", reason)
+    pairs = [(source, node) for source, node, reason in found if not reason]
     for source, node in pairs:
         before, named = arguments(source), arguments(node)
         gate = _gate_gradient(source, node)

@@ -37,7 +37,7 @@ KernelRefusal = Callable[[dict[str, Any]], str]
 
 
 def fold_norms(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    """Fold where a kernel runs it; ``changed`` counts the folded norms. ``fuse=False`` leaves all as it is.
+    """Fold where a kernel runs it; ``changed`` counts the folded norms. Without the fusion ``norm`` all stays as it is.
 
     Running it again finds nothing: the ``pre`` is gone.
     """
@@ -47,7 +47,7 @@ def fold_norms(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
 def fold(gm: fx.GraphModule, ctx: PassContext, kernel_refusal: KernelRefusal) -> PassResult:
     """``fold_norms`` for any device that ``kernel_refusal`` allows."""
     result = PassResult("fold_norms")
-    if not ctx.options.fuse:
+    if not ctx.options.fuses("norm"):
         return result
     pres = [node for node in gm.graph.nodes if node.target is ops.pre.overload]
     unread = [node for node in gm.graph.nodes if not node.users]
