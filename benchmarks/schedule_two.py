@@ -18,7 +18,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
 from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.ops import CoefficientSpec
+from mhc_compile.scheduler import communication
 from mhc_compile.scheduler import contention as contention_of
 from mhc_compile.scheduler.assign import LEAST_GAIN
-from mhc_compile.scheduler.contention import Alone, Case, Contention, Pair, interval
+from mhc_compile.scheduler.contention import Contention
 from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches, using
 from mhc_compile.scheduler.timeline import text
 
@@ -144,46 +145,11 @@ class Run:
         return sum(len(plan.moves) for plan in self.log.plans)
 
 
-def beside_communication(tokens: int, rounds: int) -> tuple[list[Pair], Alone]:
-    """Our kernels while an all-reduce of [tokens, WIDTH] is on the wire, against one behind the other; and its time."""
-    main, found = torch.cuda.current_stream(), []
-    payload = torch.randn(tokens, WIDTH, device="cuda").to(torch.bfloat16)
-
-    def reduce(*beside: Callable[[], object]) -> None:
-        work = dist.all_reduce(payload, async_op=True)
-        assert work is not None  # async_op
-        for call in beside:
-            call()
-        work.wait()
-
-    only = contention_of.time_alone(Case("communication", reduce, 0), main, rounds)
-    for case in cases(tokens, WIDTH):
-        alone = contention_of.time_alone(case, main, rounds)
-        many = max(1, int(0.5 * only / alone))
-
-        def in_a_row(case: Case = case, many: int = many) -> None:
-            reduce()
-            for _ in range(many):
-                case.call()
-
-        def together(case: Case = case, many: int = many) -> None:
-            reduce(*[case.call] * many)
-
-        pairs = contention_of.compared([in_a_row, together], main, rounds)
-        hidden, low, high = (value / (alone * many) for value in interval([row - both for row, both in pairs]))
-        found.append(Pair("communication", case.kind, case.bytes, True, only, alone, hidden, low, high, 1.0))
-    return found, Alone("communication", 2 * payload.numel() * payload.element_size(), only)
-
-
 def measured(rounds: int = 15) -> Contention:
     """The pairs of this GPU and those beside the network: what rank 0 has measured, on every rank."""
-    found = contention_of.calibrate(cases, others, [(tokens, WIDTH) for tokens in TOKENS], (True,), rounds)
-    for tokens in TOKENS:
-        pairs, alone = beside_communication(tokens, rounds)
-        found = replace(found, pairs=(*found.pairs, *pairs), alone=(*found.alone, alone))
-    box = [found]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
+    sizes = [(tokens, WIDTH) for tokens in TOKENS]
+    found = contention_of.calibrate(cases, others, sizes, (True,), rounds)
+    return communication.together(found, cases, sizes, (True,), rounds)
 
 
 def graphed(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

@@ -1,6 +1,7 @@
 """``python -m mhc_compile explain <model>``: what the backend would do with a model. ``env``: what it runs on.
 ``mlir <model> -o out.mlir``: the converted model as MLIR. ``calibrate``: what the GPU does with two kernels at once,
-for the option ``schedule``. ``tune``: which settings of the kernels are the fastest, for ``autotune``.
+for the option ``schedule`` (under torchrun beside communication too). ``tune``: which settings of the kernels are the
+fastest, for ``autotune``.
 
 A model is one of
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -254,17 +256,32 @@ def env(arguments: argparse.Namespace) -> int:
 
 
 def calibrate(arguments: argparse.Namespace) -> int:
-    """``calibrate``: measure pairs of kernels on the GPU and keep them in the cache directory."""
+    """``calibrate``: measure pairs of kernels on the GPU and keep them in the cache directory; under torchrun beside
+    communication too."""
     from mhc_compile.lowering.side import main_parts, side_cases
-    from mhc_compile.scheduler import contention
+    from mhc_compile.scheduler import communication, contention
 
     if not torch.cuda.is_available():
         print("there is no CUDA device to calibrate", file=sys.stderr)
         return 1
+
+    def sides(tokens: int, width: int) -> list[contention.Case]:
+        return [contention.Case(*case) for case in side_cases(tokens, width)]
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:  # torchrun
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     found = contention.calibrate(
-        lambda tokens, width: [contention.Case(*case) for case in side_cases(tokens, width)],
-        lambda tokens, width: [contention.Case(*case) for case in main_parts(tokens, width)],
+        sides, lambda tokens, width: [contention.Case(*case) for case in main_parts(tokens, width)]
     )
+    if ranks > 1:
+        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        found = communication.together(found, sides)
+        rank = torch.distributed.get_rank()
+        gc.collect()  # captured collectives go before what they run on
+        torch.distributed.destroy_process_group()
+        if rank:
+            return 0
     print(contention.table(found))
     return 0
 

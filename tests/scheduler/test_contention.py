@@ -61,7 +61,7 @@ def test_a_task_that_stays_has_a_time_and_no_pair() -> None:
         (1.4, 1.1, 1.6, 1.0),
     ],
 )
-def test_a_share_that_is_noise_or_small_is_planned_with_as_none(hidden: float, low: float, high: float, share: float) -> None:
+def test_noise_and_small_shares_are_planned_with_as_none(hidden: float, low: float, high: float, share: float) -> None:
     assert pair(hidden=hidden, low=low, high=high).share == share
 
 
