@@ -145,23 +145,29 @@ def span_of(width: int) -> int:
     return 64
 
 
-def streams_config(tokens: int, width: int, itemsize: int) -> dict[str, int]:
-    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them)."""
+def streams_config(tokens: int, width: int, itemsize: int, streams: int = 4) -> dict[str, int]:
+    """64 tokens by 32 channels a step on four warps (phi's tile is shared by them). Smaller tiles for few tokens and
+    for float32, with more warps a tile where one warp's registers would not hold it."""
     span = span_of(width)
-    return _streams_setting(16, span, 1) if tokens <= 16 or itemsize > 2 else _streams_setting(64, span, 4)
+    if itemsize > 2:
+        return _streams_setting(32, span, 2, 4) if streams <= 4 else _streams_setting(16, span, 1, 8)
+    if tokens <= 16:
+        return _streams_setting(16, span, 1, 1 if streams <= 4 else 4)
+    return _streams_setting(64, span, 4, 4)
 
 
-def _streams_setting(tokens: int, span: int, warps: int) -> dict[str, int]:
-    return {"BT": tokens, "BC": GROUP, "SPAN": span, "WARPS": warps, "num_warps": warps, "num_stages": 1}
+def _streams_setting(tokens: int, span: int, rows: int, warps: int) -> dict[str, int]:
+    """`rows`: warps among which the tensor core's rows are dealt out."""
+    return {"BT": tokens, "BC": GROUP, "SPAN": span, "WARPS": rows, "num_warps": warps, "num_stages": 1}
 
 
-def streams_others(tokens: int, width: int, itemsize: int) -> list[dict[str, int]]:
+def streams_others(tokens: int, width: int, itemsize: int, streams: int = 4) -> list[dict[str, int]]:
     """Shorter and longer walks over the channels, half the tile and twice the tile."""
-    span = span_of(width)
+    fixed, span = streams_config(tokens, width, itemsize, streams), span_of(width)
+    walks = [{**fixed, "SPAN": one} for one in (32, 128) if width % one == 0]
     if tokens <= 16 or itemsize > 2:
-        return [_streams_setting(16, one, 1) for one in (32, 128) if width % one == 0]
-    walks = [_streams_setting(64, one, 4) for one in (32, 128) if width % one == 0]
-    return [*walks, _streams_setting(32, span, 2), _streams_setting(128, span, 8)]
+        return walks
+    return [*walks, _streams_setting(32, span, 2, 2), _streams_setting(128, span, 8, 8)]
 
 
 def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
@@ -199,7 +205,7 @@ def streams_backward(
     out = torch.empty_like(x)
     if nonempty(tokens):
         padded = 16 if phi is None else phi.shape[0]
-        shape = (hint(tokens), width, x.element_size())
+        shape = (hint(tokens), width, x.element_size(), n)
         launch_tuned(
             streams_backward_kernel,
             lambda tokens, config: (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),),

@@ -249,9 +249,12 @@ def config(width: int) -> dict[str, int]:
     return {"BC": min(block, triton.next_power_of_2(max(width, 16))), "num_warps": warps}
 
 
-def backward_config(width: int) -> dict[str, int]:
-    """Four warps where the row fits their registers."""
-    warps = 4 if 768 < width <= 4096 else config(width)["num_warps"]
+def backward_config(width: int, streams: int = 4, layer: bool = False) -> dict[str, int]:
+    """Four warps where their registers hold the row and what is summed beside it, `streams` rows for each of two sums
+    (three of a LayerNorm); else eight, for up to 4096 channels."""
+    warps, fits = config(width)["num_warps"], min(4096, 4096 * 8 // (streams * (3 if layer else 2)))
+    if 768 < width <= 4096:
+        warps = 4 if width <= fits else 8
     block = config(width)["BC"] if width <= 2560 else 1024 if width <= 8192 else 2048
     return {"BC": block, "num_warps": warps}
 
@@ -334,7 +337,8 @@ def dots(
             d_weight, d_bias, tokens, GRADS=1 + (second is not None) + (third is not None), C=width, N=n,
             NP=triton.next_power_of_2(n), TOKENS=block, GIVEN=mixed is not None, LAYER=kind == "layer", OFFSET=offset,
             ROUND=round_first, WEIGHT=weight is not None, NEED_PRE=need_pre, NEED_WEIGHT=need_weight,
-            NEED_BIAS=need_bias, config=backward_config(width), others=functools.partial(backward_others, width),
+            NEED_BIAS=need_bias, config=backward_config(width, n, kind == "layer"),
+            others=functools.partial(backward_others, width),
         )  # fmt: skip
     return du.view(*streams.shape[:-2], width), d_pre, d_weight, d_bias
 

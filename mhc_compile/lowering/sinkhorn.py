@@ -110,11 +110,14 @@ def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> 
 @triton.jit
 def half_step(
     m, valid, AXIS: tl.constexpr, LOG: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, QUOTIENT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """One normalisation along AXIS (2 = row, 1 = column)."""
+    """One normalisation along AXIS (2 = row, 1 = column). QUOTIENT: the divisor may be a denormal, whose reciprocal is
+    infinite."""
     if LOG:
         return tl.where(valid, m - log_sum(m, AXIS), -1e30)
+    if QUOTIENT:
+        return m / divisor(m, AXIS, EPS, CLAMP, N, NP)
     return m * (1.0 / divisor(m, AXIS, EPS, CLAMP, N, NP))
 
 
@@ -126,12 +129,13 @@ def iterate(
     """Logits [B, NP, NP] -> the projected matrix."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
+    QUOTIENT: tl.constexpr = POSITIVITY == "exp" and EPS == 0.0  # nothing takes the maximum off, or keeps lines from 0
     m = positive(x, valid, POSITIVITY, POSITIVE_EPS)
     for _ in range(STEPS // 2):
-        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP)
-        m = half_step(m, valid, 3 - FIRST, LOG, EPS, CLAMP, N, NP)
+        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
+        m = half_step(m, valid, 3 - FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
     if STEPS % 2 == 1:
-        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP)
+        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
     if LOG:
         m = tl.exp(m)
     return m

@@ -43,7 +43,14 @@ def compile_for_hopper(
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found is not None, report
-    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared), compiled.asm["ptx"])
+    ptx = compiled.asm["ptx"]
+    assert atomics(ptx) == [], "what atomics add up has another last bit every time"
+    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared), ptx)
+
+
+def atomics(ptx: str) -> list[str]:
+    """The atomic instructions; `cp.async.cg.shared.global` is none."""
+    return re.findall(r"\b(?:atom|red)\.[\w.:]+", ptx)
 
 
 def compiler_missing() -> bool:
@@ -53,5 +60,5 @@ def compiler_missing() -> bool:
     return not triton_version() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-BF16, FP32, WIDTH = "bf16", "fp32", 4096
+BF16, FP16, FP32, WIDTH = "bf16", "fp16", "fp32", 4096
 TOKENS = {"tokens": "i32"}

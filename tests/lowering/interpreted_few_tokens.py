@@ -17,8 +17,9 @@ from mhc_compile.lowering import activate_pre_norm, coefficients, few_tokens, po
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.graphs import close, lowered
-from tests.lowering.interpreted_cases import NORMS, RMS, _poisoned, check, double  # noqa: F401  # a fixture for all
+from tests.lowering.interpreted_cases import NORMS, RMS, check, double
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 SIZES = [
     (4, 50, torch.bfloat16, (2, 2)),
     (4, 300, torch.bfloat16, (17,)),

@@ -13,6 +13,7 @@ from mhc_compile import ops
 from mhc_compile.lowering import boundary, coefficients, coefficients_backward, post, pre, pre_norm
 from tests.lowering.operands import N, operands
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 TOKENS = 1000 if torch.cuda.is_available() else 18
 FLAT = list(ops.CoefficientSpec(streams=N).op_arguments().values())
 

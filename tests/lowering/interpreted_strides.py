@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,18 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
+from tests.lowering.calls import NAMES, small
 from tests.lowering.graphs import close, gradients, inputs, lowered
-from tests.lowering.interpreted_ops import calls
 from tests.lowering.operands import N
 
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """What a kernel leaves unwritten is NaN, in both runs."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def odd(value: Tensor) -> Tensor:
@@ -35,11 +27,11 @@ def odd(value: Tensor) -> Tensor:
     return view.copy_(value)
 
 
-@pytest.mark.parametrize("name", sorted(calls()))
+@pytest.mark.parametrize("name", NAMES)
 def test_arguments_of_any_strides(name: str) -> None:
     """One argument after the other is a view, then all of them: the same bits."""
     op = getattr(torch.ops.mhc_kernel, name).default
-    for arguments in calls()[name]:
+    for arguments in small()[name]:
         want = op(*arguments)
         leaves, shape = tree_flatten(arguments)
         tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

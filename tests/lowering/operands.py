@@ -2,53 +2,57 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhc_compile.lowering import coefficients
+from mhc_compile.ops import CoefficientSpec
 
-N, ROWS = 4, 24
+N = 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Operands(NamedTuple):
-    """Random operands of one site of four streams, on the device if there is one."""
+    """Random operands of one site; the streams and what is as wide are of one dtype, the coefficients float32."""
 
     x: Tensor
-    """X [T, n, C] bf16; the gradient `g` of X' too."""
+    """X [T, n, C]; the gradient `g` of X' too."""
     g: Tensor
     y: Tensor
-    """[T, C] bf16; `du` too."""
+    """[T, C]; `du` too."""
     du: Tensor
     q: Tensor
-    """H_post [T, n] float32; H_pre `p` too."""
+    """H_post [T, n]; H_pre `p` too."""
     h: Tensor
-    """H_res [T, n, n] float32."""
+    """H_res [T, n, n]."""
     p: Tensor
     weight: Tensor
-    """[C] bf16."""
+    """[C] in the dtype of the streams."""
     phi: Tensor
-    """[n^2 + 2n, n C] float32."""
+    """[n^2 + 2n, n C]."""
     bias: Tensor
     alphas: list[Tensor]
     hi: Tensor
-    """phi in two bf16 addends."""
-    lo: Tensor
+    """phi in two addends of the streams' dtype; float32 is one."""
+    lo: Tensor | None
 
 
-def operands(tokens: int, width: int) -> Operands:
+def operands(
+    tokens: Any, width: int, n: int = N, dtype: torch.dtype = torch.bfloat16, device: str = DEVICE
+) -> Operands:
     """The same numbers in every call."""
-    make = torch.Generator().manual_seed(0)
+    make, rows = torch.Generator("cpu").manual_seed(0), CoefficientSpec(streams=n).rows
 
     def fp32(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, device="cpu").to(DEVICE)
+        return torch.empty(shape, device="cpu").normal_(generator=make).to(device)  # randn takes no symbol
 
-    def bf16(*shape: int) -> Tensor:
-        return fp32(*shape).to(torch.bfloat16)
+    def narrow(*shape: int) -> Tensor:
+        return fp32(*shape).to(dtype)
 
-    x, g, y, du = bf16(tokens, N, width), bf16(tokens, N, width), bf16(tokens, width), bf16(tokens, width)
-    q, h, p, weight = fp32(tokens, N), fp32(tokens, N, N), fp32(tokens, N), bf16(width)
-    phi, bias, alphas = fp32(ROWS, N * width) * 0.1, fp32(ROWS), [fp32(1) for _ in range(3)]
-    return Operands(x, g, y, du, q, h, p, weight, phi, bias, alphas, *coefficients.halves(phi, torch.bfloat16))
+    x, g, y, du = narrow(tokens, n, width), narrow(tokens, n, width), narrow(tokens, width), narrow(tokens, width)
+    q, h, p, weight = fp32(tokens, n), fp32(tokens, n, n), fp32(tokens, n), narrow(width)
+    phi, bias, alphas = fp32(rows, n * width) * 0.1, fp32(rows), [fp32(1) for _ in range(3)]
+    parts = (phi, None) if dtype == torch.float32 else coefficients.halves(phi, dtype)
+    return Operands(x, g, y, du, q, h, p, weight, phi, bias, alphas, *parts)

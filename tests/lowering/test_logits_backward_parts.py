@@ -35,6 +35,8 @@ def check(spec, tokens, wide, beside, given):
     whole = logits_backward(d_pre, d_post, d_res, *arguments)
     first = early(d_post, d_res, *arguments)
     both = rest(d_pre, *first, projection, bias, alphas[0], n * 16, wide, *flat)
+    there = [*range(spec.rows), *(spec.rows + i for i, part in enumerate(("pre", "post", "res")) if part in spec.parts)]
+    both, whole = ([dm, multiple, sums[:, there]] for dm, multiple, sums in (both, whole))  # nobody writes the others
     for name, a, b in zip(("dm", "multiple", "sums"), both, whole, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert torch.isfinite(b.float()).all() and torch.equal(a, b), (spec, name)

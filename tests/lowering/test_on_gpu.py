@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from mhc_compile import ops
 from mhc_compile.compat import triton_version
@@ -20,12 +21,22 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available() and triton_version():
-    from tests.lowering import interpreted_cases, interpreted_few_tokens, interpreted_ops
+    from tests.lowering import (
+        interpreted_cases,
+        interpreted_errors,
+        interpreted_few_tokens,
+        interpreted_ops,
+        interpreted_strides,
+    )
 
-    every = vars(interpreted_cases) | vars(interpreted_few_tokens) | vars(interpreted_ops)
+    every: dict[str, Any] = {}
+    for module in (interpreted_cases, interpreted_errors, interpreted_few_tokens, interpreted_ops, interpreted_strides):
+        every |= vars(module)
     cases = {name: value for name, value in every.items() if name.startswith("test_")}
-    del cases["test_the_interpreter_is_on"], cases["test_a_model_of_the_backend"]
-    globals().update(cases)
+    for name in ("the_interpreter_is_on", "a_model_of_the_backend", "a_model_that_keeps_phi_as_the_paper_does"):
+        del cases[f"test_{name}"]
+    # A module's marks stay with the module.
+    globals().update({name: pytest.mark.usefixtures("poisoned")(value) for name, value in cases.items()})
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +67,8 @@ def test_compiled_site_for_every_length(mode: str) -> None:
     compiled = torch.compile(site, fullgraph=True, options=patches)
     n, width = 4, 384
     parameters = [torch.randn(24, n * width) * 0.05, torch.randn(24), torch.full((1,), 0.4), torch.randn(width)]
-    for tokens in (64, 7, 1, 0, 3000):
-        x = torch.randn(2, tokens, n, width).to(torch.bfloat16)
+    for batch, tokens in ((2, 64), (2, 7), (2, 1), (2, 0), (2, 3000), (1, 64), (1, 1), (1, 0)):
+        x = torch.randn(batch, tokens, n, width).to(torch.bfloat16)
         torch._dynamo.mark_dynamic(x, 1) if tokens > 1 else None
         results = []
         for function, dtype in ((site, torch.float64), (compiled, None)):
@@ -69,7 +80,7 @@ def test_compiled_site_for_every_length(mode: str) -> None:
                 gradients = torch.autograd.grad(out.double().square().sum(), [*leaves, weight])
             results.append([value.double().clone() for value in (out, *gradients)])
         for exact, got in zip(*results, strict=True):
-            assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), tokens
+            assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), (batch, tokens)
     assert {entry.provider for entry in log.entries} <= {"triton", "fused"}, log.entries
 
 
@@ -183,18 +194,44 @@ def test_compiled_chain_with_few_tokens(mode: str, variant: str) -> None:
     assert log.counts()["few tokens", "fused"] == 2 * 2 * 3, "widths, one token and a symbol, sites"
 
 
-def test_more_than_2_31_elements() -> None:
-    from mhc_compile.lowering import post, pre, pre_norm
+def large(value: Any, few: int, times: int, made: dict[int, Any]) -> Any:
+    """`times` copies behind one another along the dimension of `few` tokens; what was `made` of a tensor is kept."""
+    if not isinstance(value, torch.Tensor) or few not in value.shape[:2]:
+        return value
+    if id(value) not in made:
+        along = value.shape.index(few)
+        made[id(value)] = value.repeat(*(times if dim == along else 1 for dim in range(value.dim())))
+    return made[id(value)]
 
-    tokens, n, width = 70_000, 8, 4096
-    x = torch.ones(tokens, n, width, dtype=torch.bfloat16)
-    assert x.numel() > 2**31
-    x[-1] = 3.0
-    gate, mix = torch.full((tokens, n), 1 / n), torch.eye(n).expand(tokens, n, n).contiguous()
-    assert pre.forward(x, gate)[-2:, 0].tolist() == [1.0, 3.0]
-    _, statistics, _ = pre_norm.forward(x, gate, None, None, "rms", 0.0, 0.0, False)
-    assert statistics[-2:].flatten().tolist() == pytest.approx([1, 1 / 3])
-    out = post.forward(x, x[:, 0], gate, mix, False)
-    assert out[-2:, -1, -1].tolist() == [1.125, 3.375]
-    got = post.dots(x, x, x[:, 0].contiguous(), gate, mix, False, True)
-    assert got[1][-2:, 0].tolist() == [float(width), 9.0 * width]
+
+STATES = (
+    "post", "post_dots", "pre", "pre_dots", "pre_norm", "pre_norm_dots", "post_pre_norm", "project", "post_project",
+    "activate_pre_norm", "streams_backward", "replay",
+)  # fmt: skip
+"""Every kernel that reads or writes the streams, but for `site_boundary`."""
+
+
+@pytest.mark.parametrize(("n", "names"), [(8, STATES), (4, ("site_boundary",))])
+def test_more_than_2_31_elements(n: int, names: tuple[str, ...]) -> None:
+    """The same 64 tokens over and over: the last have the bits of the first. At most 30 GB, one after another."""
+    from tests.lowering.calls import calls
+
+    few, width = 64, 4096
+    times = 2**31 // (few * n * width) + 1
+    every = calls(few, width, n)
+    for name in names:
+        made: dict[int, Any] = {}
+        arguments = tree_map(functools.partial(large, few=few, times=times, made=made), every[name][0])
+        results = getattr(torch.ops.mhc_kernel, name)(*arguments)
+        assert max(value.numel() for value in made.values()) > 2**31, name
+        for result in (results,) if isinstance(results, torch.Tensor) else results:
+            along = next((dim for dim, size in enumerate(result.shape) if size and size % times == 0), None)
+            if along is None:  # a result that nobody asked for
+                assert result.numel() == 0
+                continue
+            size = result.shape[along] // times
+            first, last = result.narrow(along, 0, size), result.narrow(along, result.shape[along] - size, size)
+            assert torch.isfinite(first).all(), name
+            assert torch.equal(first, last), name
+        del arguments, results, result, first, last
+        torch.cuda.empty_cache()

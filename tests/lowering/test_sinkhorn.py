@@ -11,10 +11,11 @@ from tests.lowering.hopper import FP32, TOKENS, compile_for_hopper, compiler_mis
 pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs Triton's compiler")
 
 
-def test_registers() -> None:
+@pytest.mark.parametrize("spec", [SinkhornSpec(), SinkhornSpec("exp")])
+def test_registers(spec: SinkhornSpec) -> None:
     from mhc_compile.lowering import sinkhorn
 
-    constants = {"N": 4, "NP": 4, "TOKENS": 8, **sinkhorn.constants(SinkhornSpec())}
+    constants = {"N": 4, "NP": 4, "TOKENS": 8, **sinkhorn.constants(spec)}
     pointers = dict.fromkeys(("logits_ptr", "out_ptr"), FP32)
     forward = compile_for_hopper(sinkhorn.sinkhorn_kernel, pointers, TOKENS, constants, num_warps=1)
     assert (forward.stack, forward.registers <= 64) == (0, True)

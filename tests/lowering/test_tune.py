@@ -391,7 +391,8 @@ def test_every_setting_computes_the_same() -> None:
 if torch.cuda.is_available() and triton_version():
     from tests.lowering import interpreted_settings
 
-    test_every_setting_on_a_device = pytest.mark.gpu(interpreted_settings.test_every_setting)
+    on_a_device = pytest.mark.gpu(interpreted_settings.test_every_setting)
+    test_every_setting_on_a_device = pytest.mark.usefixtures("poisoned")(on_a_device)
 
 
 HIT = """

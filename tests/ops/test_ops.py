@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_compile import ops
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
@@ -70,14 +71,63 @@ def test_gradcheck(name: str, n: int) -> None:
     assert torch.autograd.gradcheck(differentiable(op, keywords), tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("lead", [(2, 3), (1,), (0,)])
 @pytest.mark.parametrize("name", list(ops.OPS))
 def test_opcheck(name: str, lead: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The fourth of opcheck's own tests runs with symbolic sizes; the static form is added."""
     op, tensors, keywords = call(name, 4, lead, dtype)
-    torch.library.opcheck(op.overload, tensors, keywords)
-    torch.library.opcheck(op.overload, tensors, keywords, test_utils="test_aot_dispatch_static")
+    opcheck(op.overload, tensors, keywords)
+
+
+def opcheck(overload: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """The fourth of opcheck's own tests runs with symbolic sizes; the static form is added."""
+    torch.library.opcheck(overload, args, keywords)
+    torch.library.opcheck(overload, args, keywords, test_utils="test_aot_dispatch_static")
+
+
+class Heard(TorchDispatchMode):
+    """Remembers the arguments of the last call of an overload, without autograd."""
+
+    def __init__(self, overload: Any) -> None:
+        super().__init__()
+        self.overload, self.args = overload, ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.overload:
+            self.args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+def backward_arguments(op: Any, tensors: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    """What autograd calls the backward overload with."""
+    with Heard(op.backward_overload) as heard:
+        outs = op(*tensors, **keywords)
+        outs = (outs,) if isinstance(outs, Tensor) else outs
+        sum(out.sum() for out in outs if out.requires_grad).backward()
+    return heard.args
+
+
+@pytest.mark.parametrize(
+    ("lead", "dtype"),
+    [((2, 3), torch.bfloat16), ((2, 3), torch.float16), ((2, 3), torch.float32), ((0,), torch.float32)],
+)
+@pytest.mark.parametrize("name", list(ops.OPS))
+def test_opcheck_of_the_backward(name: str, lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    op, tensors, keywords = call(name, 4, lead, dtype)
+    opcheck(op.backward_overload, backward_arguments(op, tensors, keywords), {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(ops.OPS))
+def test_on_a_device(name: str) -> None:
+    """opcheck of both overloads and gradcheck, as on a CPU."""
+    op, tensors, keywords = call(name, 4, (2, 3), torch.bfloat16)
+    narrow = tuple(value.detach().cuda().requires_grad_() for value in tensors)
+    opcheck(op.overload, narrow, keywords)
+    opcheck(op.backward_overload, backward_arguments(op, narrow, keywords), {})
+    op, tensors, keywords = call(name, 3, (2,))
+    wide = tuple(value.detach().cuda().requires_grad_() for value in tensors)
+    assert torch.autograd.gradcheck(differentiable(op, keywords), wide)
 
 
 @pytest.mark.parametrize("lead", LEADING)
