@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .contention import Contention, Pair
@@ -241,14 +241,16 @@ def _delay(dag: Dag, task: Task, order: Sequence[str], rates: _Rates) -> float:
     return lost + left / speed
 
 
-def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -> Move | None:
+def place(
+    dag: Dag, name: str, contention: Contention, priority: bool = False, gates: Container[str] | None = None
+) -> Move | None:
     """Where a task would start and have to be done on the side stream; None if there is nothing to run beside.
 
     Of the places where the main stream loses least (alike within `ALIKE`), for a task that somebody waits for: the
     first one from its own in the program, which holds nothing longer than one stream does and leaves it all the time
     there is; if they are all before that, the last, and its results are held no longer than needed (a replay that is
     brought forward). For a task that nobody waits for the first one, and the main stream waits for it only when it has
-    long been done.
+    long been done. A task starts before one of the tasks `gates`, if they are given.
     """
     index, order, task = dag.index, dag.order, dag.tasks[name]
     first, last, wanted = _window(dag, name, index)
@@ -264,10 +266,13 @@ def place(dag: Dag, name: str, contention: Contention, priority: bool = False) -
     delays: dict[int, float] = {}
     passed = 0.0
     for fork in range(first, last):
-        delays[fork] = _delay(dag, task, order[fork:last], rates)
+        if gates is None or order[fork] in gates:
+            delays[fork] = _delay(dag, task, order[fork:last], rates)
         passed += seconds(fork)
         if not wanted and passed > LOOKAHEAD * task.seconds:
             break
+    if not delays:
+        return None
     least, most = min(delays.values()), max(delays.values())
     fine = least + ALIKE * (most - least)
     forks = [fork for fork, delay in delays.items() if delay <= fine]
@@ -318,6 +323,7 @@ def assign(
     priority: bool = False,
     extra: Mapping[str, str] | None = None,
     least_gain: float = LEAST_GAIN,
+    gates: Container[str] | None = None,
 ) -> Plan:
     """Choose the moves.
 
@@ -329,6 +335,7 @@ def assign(
         extra: movable task -> a task that is in the program only if it is moved (the part of it that the main stream
             needs early, made on its own).
         least_gain: part of the program's seconds below which nothing is moved.
+        gates: tasks before which a side task may start; any of them if None.
     """
     extra = dict(extra or {})
     serial, alone = play(dag, [], contention, priority, unmade(extra, []))
@@ -339,7 +346,7 @@ def assign(
         kinds = ", ".join(sorted({task.kind for task in candidates}))
         plan.reason = f"nothing was measured of {kinds}" if candidates else "no call of this graph can move"
         return plan
-    found = [move for task in known if (move := place(dag, task.name, contention, priority)) is not None]
+    found = [move for task in known if (move := place(dag, task.name, contention, priority, gates)) is not None]
 
     def seconds(moves: Sequence[Move]) -> float:
         return play(dag, moves, contention, priority, unmade(extra, moves))[0]

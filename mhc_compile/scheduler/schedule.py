@@ -195,12 +195,13 @@ def _with_places(
 ) -> Plan:
     """The best plan whose moves all have a place in the graph, predicted with the forks that they really get."""
     without: set[str] = set()
+    gates = {name for name, task in dag.tasks.items() if is_opaque(task.nodes[0]) and _is_library(task.nodes[0])}
 
     def may_move(task: Task) -> bool:
         return task.name not in without and movable(task)
 
     while True:
-        plan = assign(dag, may_move, contention, priority, extra, least_gain)
+        plan = assign(dag, may_move, contention, priority, extra, least_gain, gates)
         main = _main(plan)
         placed = [(one, _places(graph, plan, dag.tasks[one.task].nodes[0], one, main)) for one in plan.moves]
         lost = {one.task for one, place in placed if place is None}

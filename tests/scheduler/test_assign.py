@@ -107,6 +107,17 @@ def test_a_replay_is_brought_forward_no_further_than_it_has_to() -> None:
     assert place(replayed(3.0), "replay", table(1.0)) == Move("replay", 2, 5), "over as many as it needs"
 
 
+def test_a_task_starts_before_a_gate() -> None:
+    """Not beside what hides it best, where nothing can be started, but where the least is lost of the rest."""
+    branch = [Task("m", 4.0, "matmul"), Task("a", 4.0, "attention"), Task("o", 4.0, "matmul")]
+    dag = Dag([side("s", 1.0), *branch, Task("read", 1.0)], [("m", "a"), ("a", "o"), ("o", "read"), ("s", "read")])
+    hides = beside(matmul=0.6, attention=0.9)
+    assert place(dag, "s", hides, gates={"m", "o"}) == Move("s", 1, 4)
+    assert place(dag, "s", hides, gates={"a", "o"}) == Move("s", 2, 4)
+    assert place(dag, "s", hides, gates={"read"}) is None
+    assert assign(dag, movable, hides, gates=set()).reason == "no gain predicted"
+
+
 def test_what_stands_early_starts_early() -> None:
     """Its results are held from there on one stream too, and it may take longer than anybody predicts."""
     tasks = [side("s", 1.0), *(Task(f"m{i}", 3.0, "matmul") for i in range(4)), Task("read", 1.0)]
