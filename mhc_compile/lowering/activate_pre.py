@@ -57,7 +57,8 @@ def activate_pre(partial: Tensor, bias: Tensor, alpha_pre: Tensor, total: int, *
         every = activation_constants(spec)
         launch(
             activate_pre_kernel, (triton.cdiv(tokens, block),), partial.contiguous(), bias.contiguous(), alpha_pre,
-            h_pre, tokens, TOTAL=total, SPLITS=splits, TOKENS=block, num_warps=1, **{name: every[name] for name in _CONSTANTS},
+            h_pre, tokens, TOTAL=total, SPLITS=splits, TOKENS=block, num_warps=1,
+            **{name: every[name] for name in _CONSTANTS},
         )  # fmt: skip
     return h_pre
 

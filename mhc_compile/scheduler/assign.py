@@ -354,7 +354,7 @@ def assign(
     plan.moves = best_subset(found, seconds) if len(found) <= EXACT else grown_subset(found, seconds)
     plan.predicted, plan.timeline = play(dag, plan.moves, contention, priority, unmade(extra, plan.moves))
     if not plan.moves:
-        plan.reason = "no gain predicted"
+        plan.reason = "no gain predicted" if found else f"{len(known)} calls could move and have no place to start"
     elif plan.gain < least_gain:
         plan.stay(f"a gain of {plan.gain:.2%} is predicted, below the {least_gain:.2%} that can be told from noise")
     return plan

@@ -115,7 +115,7 @@ def test_a_task_starts_before_a_gate() -> None:
     assert place(dag, "s", hides, gates={"m", "o"}) == Move("s", 1, 4)
     assert place(dag, "s", hides, gates={"a", "o"}) == Move("s", 2, 4)
     assert place(dag, "s", hides, gates={"read"}) is None
-    assert assign(dag, movable, hides, gates=set()).reason == "no gain predicted"
+    assert assign(dag, movable, hides, gates=set()).reason == "1 calls could move and have no place to start"
 
 
 def test_what_stands_early_starts_early() -> None:
