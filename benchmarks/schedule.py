@@ -291,10 +291,10 @@ def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Cl
     if both is None:
         return result
     off, on, kind = both
-    own = result[kind]
+    own, model = result[kind], "" if arguments.model == "4B" else f"{arguments.model}-"
     print("\n".join([f"{name}: {kind} plan", *(text(plan) for plan in on.plans)]), flush=True)
     parts: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
-        "graphs": (6, lambda: in_graphs(off, on, kind, arguments.runs, folder / f"schedule-trace-{name}.json")),
+        "graphs": (6, lambda: in_graphs(off, on, kind, arguments.runs, folder / f"schedule-trace-{model}{name}.json")),
         "steps": (4, lambda: timed({"off": off, kind: on})),
         "equal": (6, lambda: same_bits(off, on, arguments.runs)),
     }
@@ -450,6 +450,7 @@ def keep(results: dict[str, Any], arguments: argparse.Namespace, clock: Clock) -
     """Written after every shape: a run that is cut off keeps what it has."""
     results |= {"left_out": clock.skipped, "seconds": round(time.perf_counter() - clock.start, 1)}
     kind = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
+    kind += "" if arguments.model == "4B" else f"-{arguments.model}"
     facts = {"model": arguments.model, "layers": arguments.layers, "runs": arguments.runs, **options(arguments)}
     record(kind, results, arguments.out, quiet=True, **facts)
 
