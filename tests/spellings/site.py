@@ -56,10 +56,14 @@ class Site(nn.Module):
         self.alpha = nn.Parameter(torch.tensor([0.9, 1.2, 1.5]))
         self.branch = nn.Linear(width, width)
 
+    def project(self, x: Tensor) -> Tensor:
+        """[..., nC] -> the logits of all gates."""
+        return nn.functional.linear(x, self.phi)
+
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """pre [..., n], post [..., n], H [..., n, n]."""
         n, pieces = self.n, self.pieces
-        logits = nn.functional.linear(pieces.norm(x.flatten(-2)), self.phi)
+        logits = self.project(pieces.norm(x.flatten(-2)))
         p, q, s = logits.split([n, n, n * n], -1)
         b_pre, b_post, b_res = self.bias.split([n, n, n * n])
         pre = pieces.activate(p * self.alpha[0] + b_pre)
