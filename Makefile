@@ -1,5 +1,5 @@
-# Each of test, lint, zoo and demo does all its own set-up on a fresh machine and is quick when repeated.
-#   make test | make lint | make zoo | make demo        PYTHON=/path/to/python3.12  WORKERS=4
+# Each of test, slow, lint, zoo and demo does all its own set-up on a fresh machine and is quick when repeated.
+#   make test | make slow | make lint | make zoo | make demo        PYTHON=/path/to/python3.12  WORKERS=4
 
 SHELL   := /bin/bash
 comma   := ,
@@ -12,11 +12,15 @@ WORKERS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 CODE    := $(wildcard mhc_compile tests examples benchmarks)
 
-.PHONY: test lint zoo demo setup clean
+.PHONY: test slow lint zoo demo setup clean
 .DEFAULT_GOAL := test
 
 test: $(VENV)/.stamp-dev
 	$(PYTEST) -m "not slow and not gpu"
+
+# What takes more than a few seconds and is left out by `test`; the models of tests/zoo are a target of their own.
+slow: $(VENV)/.stamp-dev
+	$(PYTEST) -m "slow and not gpu" --ignore=tests/zoo
 
 zoo: $(VENV)/.stamp-dev
 	$(PYTEST) -m "not gpu" tests/zoo

@@ -139,6 +139,8 @@ def _compile(
         return compile_inference(gm, inputs, lowering)
     patches = config_patches(options, lowering, gm.meta.get(PLAN_KEY, ""))
     settings = {**inductor_settings(gm, options), **resolved.inductor, **patches}
+    if settings.get("emulate_precision_casts"):
+        compat.keep_rounding_in_cpp()
     register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
     if options.schedule != "off" and schedule is not None:
         captured = options.schedule == "captured"

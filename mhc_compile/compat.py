@@ -1,7 +1,8 @@
 """Every private seam of torch that this package uses, in one place.
 
 Each function says what it reads and in which versions that was seen; ``tests/test_compat.py`` fails loudly when one
-moves. Nothing here changes torch but `remember_kernel_analysis`, which puts a memo around one of its functions.
+moves. Nothing here changes torch but `remember_kernel_analysis`, which puts a memo around one of its functions, and
+`keep_rounding_in_cpp`, which mends one of its settings.
 """
 
 from __future__ import annotations
@@ -240,6 +241,29 @@ def inductor_compile(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str
 
     artefact: Callable[..., Any] = compile_graph(gm, list(inputs), options=config or None)
     return artefact
+
+
+def keep_rounding_in_cpp() -> None:
+    """Let inductor's C++ kernels round between fused operations where its setting ``emulate_precision_casts`` asks.
+
+    They remember the value that a conversion to 16 bits was made from and give it back for the conversion to 32,
+    setting or not (PyTorch's issue 185337; seen in 2.11, mended in 2.13). Without the setting nothing changes. A second
+    call does nothing.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppKernel
+
+    remember = CppKernel.cache_dtype_convert
+    if hasattr(remember, "mhc_rounds"):
+        return
+
+    @functools.wraps(remember)
+    def cache_dtype_convert(self: Any, *args: Any) -> None:
+        if not config.emulate_precision_casts:
+            remember(self, *args)
+
+    cache_dtype_convert.mhc_rounds = True  # type: ignore[attr-defined]  # the mark that it is done
+    CppKernel.cache_dtype_convert = cache_dtype_convert  # type: ignore[method-assign]  # this is the mending
 
 
 def lookup_backend(name: str) -> Any:

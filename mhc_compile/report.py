@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import logging
 from typing import Any
@@ -145,8 +146,8 @@ class CompileReport:
 
 
 def _recompute(result: RecomputeResult) -> list[Any]:
-    """What is kept and what is replayed, a line a block, and what that comes to. Coefficients (with the projection that
-    their backward reads) and branch outputs are always kept."""
+    """What is kept and what is replayed, in bytes a site, a line for each run of equal sites, and what that comes to.
+    Coefficients (with the projection that their backward reads) and branch outputs are always kept."""
     from rich.table import Table
     from rich.text import Text
 
@@ -155,42 +156,35 @@ def _recompute(result: RecomputeResult) -> list[Any]:
         return parts
     text = f"recompute: {_mib(result.kept_bytes)} of states and branch inputs kept, {_mib(result.kept_without)} without"
     text += f"; predicted peak {_mib(result.peak)}, {_mib(result.peak_without)} without"
-    text += f"; a state is {_mib(max(row.state_bytes for row in result.rows))}"
     text += f"; replay {result.replay_seconds * 1e3:.2f} ms a step on {result.device}"
     parts.append(Text(text))
     if line := result.logits.line(result.peak):
         parts.append(Text(line))
     table = Table(box=None, pad_edge=False)
-    for name in ("sites", "state", "replayed", "inputs kept", "inputs replayed", "coefficients", "branch outputs"):
-        table.add_column(name, no_wrap=True)
-    for block in _blocks(result.rows):
-        first, last = block[0], block[-1]
-        states = [row for row in block if row.state == "replayed"]
-        table.add_row(
-            f"{first.chain}.{first.index}" + (f"..{last.index}" if last is not first else ""),
-            first.state,
-            _sum([row.state_bytes for row in states]),
-            _sum([row.input_bytes for row in block if row.branch_input == "kept"]),
-            _sum([row.input_bytes for row in block if row.branch_input == "replayed"]),
-            _sum([row.coefficient_bytes for row in block]),
-            _sum([row.output_bytes for row in block if row.output_bytes]),
-        )
+    table.add_column("bytes a site", no_wrap=True)
+    for name in ("state kept", "replayed", "input kept", "replayed", "coefficients", "branch output"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for run in _runs(result.rows):
+        first, last = run[0], run[-1]
+        label = f"{first.chain}.{first.index}" + (f"..{last.index}" if last is not first else "")
+        table.add_row(label, *(_mib(size) if size else "-" for size in _bytes(first)))
+    sums = [sum(sizes) for sizes in zip(*map(_bytes, result.rows), strict=True)]
+    table.add_row("all together", *(_mib(size) if size else "-" for size in sums))
     parts.append(table)
     return parts
 
 
-def _blocks(rows: list[StateRow]) -> list[list[StateRow]]:
-    """Rows from one kept state to the next."""
-    blocks: list[list[StateRow]] = []
-    for row in rows:
-        if row.state != "replayed" or not blocks:
-            blocks.append([])
-        blocks[-1].append(row)
-    return blocks
+def _bytes(row: StateRow) -> list[int]:
+    """Of its state and of its branch input what is kept and what is replayed; coefficients; branch output."""
+    replayed = 0 if row.state == "kept" else row.state_bytes
+    kept = row.branch_input == "kept"
+    inputs = (row.input_bytes, 0) if kept else (0, row.input_bytes)
+    return [row.kept_bytes, replayed, *inputs, row.coefficient_bytes, row.output_bytes]
 
 
-def _sum(sizes: list[int]) -> str:
-    return f"{len(sizes)}: {_mib(sum(sizes))}" if sizes else "-"
+def _runs(rows: list[StateRow]) -> list[list[StateRow]]:
+    """Sites one after another with the same numbers."""
+    return [list(run) for _, run in itertools.groupby(rows, lambda row: (row.chain, row.state, _bytes(row)))]
 
 
 def _mib(size: int) -> str:

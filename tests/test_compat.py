@@ -387,3 +387,21 @@ def test_inductor_looks_the_analysis_up_when_it_asks() -> None:
 
     source = inspect.getsource(ir.UserDefinedTritonKernel.__init__)
     assert any(f"import {name}" in source or f"{name}," in source for name in compat._ANALYSES), source
+
+
+def test_fused_operations_round_where_they_are_told_to() -> None:
+    """Torch 2.11 forgets it in its C++ kernels: it reads on what was there before the rounding."""
+    from torch._inductor.codegen.cpp import CppKernel
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return ((x * w).float() * 3.3).to(x.dtype) * w + x
+
+    compat.keep_rounding_in_cpp()
+    once = CppKernel.cache_dtype_convert
+    compat.keep_rounding_in_cpp()
+    assert CppKernel.cache_dtype_convert is once
+    x, w = torch.randn(64, 64).to(torch.bfloat16), torch.randn(64).to(torch.bfloat16)
+    for emulated in (True, False):  # False: that the function is one where it matters
+        torch._dynamo.reset()
+        compiled = torch.compile(function, options={"emulate_precision_casts": emulated})
+        assert torch.equal(compiled(x, w), function(x, w)) == emulated

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +79,18 @@ def test_each_stage_has_a_plan_of_its_own() -> None:
     assert min(first.changed, second.changed) > 0
     for one, other in zip(train([graph], parameters), planned, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiler", "cases"), [("aot_eager", 3), ("inductor", 1)])
+def test_stages_under_a_schedule_of_torch(compiler: str, cases: int, tmp_path: Path) -> None:
+    """Two processes over gloo, GPipe and 1F1B, each stage with a plan: see tests/distributed/stages.py."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.stages", compiler, str(tmp_path / "store")]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.stdout.count(": passed") == 2 * cases
 
 
 def test_a_stage_is_saved_and_has_dynamic_sizes() -> None:

@@ -274,7 +274,7 @@ def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> li
 
 def _ended(block: _Block) -> list[_Point]:
     """The points of a block that ends, with each choice of early inputs to keep."""
-    if len(block.savings) == 1:
+    if not any(which for _, _, which in block.savings):
         return block.points
     return [
         (k + size, t + less, (trail, which, "input") if which else trail)

@@ -23,8 +23,9 @@ from mhc_compile.passes.boundaries import Chain
 from mhc_compile.passes.states import State
 
 HALF_STEP = 0.17e-6
-"""Seconds of one half step of Sinkhorn on chip: 9.2 us of `activate` with 40 of them, a launch taken off (H200,
-benchmarks/results/ops.json). They run one after the other whatever the number of tokens."""
+"""Seconds of one half step of Sinkhorn on chip. They run one after the other whatever the number of tokens: `activate`
+with 40 of them takes 9.0 to 9.4 us on an H200 (benchmarks/results/ops.json), less a launch of 2.5 us. Not measured of
+the device at hand, as `cost` measures its numbers: a line of the report depends on it and no decision does."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,8 @@ class StateRow:
     branch_input: str
     """``kept`` or ``replayed``."""
     state_bytes: int
+    kept_bytes: int
+    """Of the state, or of the value that it is expanded from; 0 for one that is replayed from the state before."""
     input_bytes: int
     """u_l, and the norm where it is replayed with it."""
     coefficient_bytes: int
@@ -110,9 +112,19 @@ def inductor_settings(gm: fx.GraphModule, options: Options) -> dict[str, object]
     Inductor hands the memory of a dead buffer on to the next one of the same size, however far behind, and holds it
     until then: a layer's widest gradients (240 MB of the Qwen3 shape at 4096 tokens) would be there all through the
     layer below. A replay frees what it made, and PyTorch's allocator finds it again.
+
+    In 16 bits on a CPU, with a plan and without one (the two are to be the same bits), every operation rounds. Else a
+    fused kernel reads what another operation of the kernel made as it was before it was rounded, a replay and what it
+    replays are fused with different neighbours, and all results differ. It costs 5 % of a step (two layers of Qwen3,
+    hidden 256, 512 tokens, bf16). Without 16-bit values inductor writes the same code either way, and without a
+    backward there is nothing to replay: neither is touched. On a GPU our kernels round what they write.
     """
-    planned = options.recompute != "off" and bool(gm.meta.get(PLAN_KEY))
-    return {"allow_buffer_reuse": False} if planned else {}
+    settings: dict[str, object] = {}
+    if options.recompute != "off" and gm.meta.get(PLAN_KEY):
+        settings["allow_buffer_reuse"] = False
+    if _has_backward(gm) and _holds_ours(gm) and _has_16_bits_on_cpu(gm):
+        settings["emulate_precision_casts"] = True
+    return settings
 
 
 def plan_key(gm: fx.GraphModule) -> str:
@@ -135,7 +147,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
     if not chains:
         return
     is_parameter = _parameters(ctx)
-    if not torch.is_grad_enabled() or not any(_wants_gradient(node) for node in gm.graph.find_nodes(op="placeholder")):
+    if not _has_backward(gm):
         result.notes.append("no gradient is asked for: nothing to keep, nothing to replay")
         return
     where = next((t.device for chain in chains for t in cost.tensors_of(value_of(chain[0].producer))), None)
@@ -173,9 +185,19 @@ def _parameters(ctx: PassContext) -> Callable[[fx.Node], bool]:
     return is_parameter
 
 
-def _wants_gradient(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.requires_grad
+def _has_backward(gm: fx.GraphModule) -> bool:
+    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def _holds_ours(gm: fx.GraphModule) -> bool:
+    overloads = {op.overload for op in ops.OPS.values()}
+    return any(node.target in overloads for node in gm.graph.nodes)
+
+
+def _has_16_bits_on_cpu(gm: fx.GraphModule) -> bool:
+    values = (value for node in gm.graph.nodes for value in cost.tensors_of(value_of(node)))
+    return any(value.device.type == "cpu" and value.dtype in (torch.bfloat16, torch.float16) for value in values)
 
 
 def _describe(
@@ -370,9 +392,10 @@ def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
     kept, inputs = set(plan.kept), set(plan.inputs)
     rows = []
     for index, state in enumerate(planned.states):
-        how = "kept" if index in kept else "replayed"
-        if state.is_expanded and planned.plan is not None:
-            how = "from source"
+        site = planned.chain.sites[index]
+        how, held = ("kept", site.cost) if index in kept else ("replayed", 0)
+        if state.is_expanded:
+            how, held = ("from source", site.cost) if planned.plan is not None else (how, site.state)
         rows.append(
             StateRow(
                 chain,
@@ -380,8 +403,9 @@ def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
                 state.where,
                 how,
                 "kept" if index in inputs else "replayed",
-                planned.chain.sites[index].state,
-                planned.chain.sites[index].branch_input,
+                site.state,
+                held,
+                site.branch_input,
                 _coefficient_bytes(state),
                 _output_bytes(state),
             )

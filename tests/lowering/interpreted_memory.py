@@ -23,7 +23,17 @@ def plan_of(lowered: Lowered) -> RecomputeResult:
     return next(result for result in lowered.conversion.report.passes if isinstance(result, RecomputeResult))
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(4, "memory"), (4, 10**12), (4, 500_000_000), (12, "memory")])
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        (4, "memory"),
+        (4, 10**12),
+        (4, 500_000_000),
+        pytest.param(12, "memory", marks=pytest.mark.slow),
+        pytest.param(36, "memory", marks=pytest.mark.slow),
+        pytest.param(36, 3 * 10**9, marks=pytest.mark.slow),
+    ],
+)
 def test_the_predicted_peak_is_that_of_the_graphs(layers: int, wanted: str | int) -> None:
     """Within 5 %, with the least peak, with everything kept, and with some of it."""
     lowered = lowered_graphs(layers, recompute=wanted)

@@ -51,7 +51,7 @@ def model(make: Any) -> spelling.Model:
     torch.manual_seed(0)
     found = spelling.Model([make() for _ in range(3)])
     for site in found.sites:
-        site.branch.to(torch.bfloat16)  # type: ignore[union-attr]  # a Site
+        site.branch.to(torch.bfloat16)  # type: ignore[union-attr]  # every one is a Site
     return found
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import random
 import time
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from mhc_compile.passes.boundaries import (
     Chain,
-    Plan,
     Site,
     closed_form,
     equal_blocks,
@@ -59,29 +57,63 @@ def chains(draw: st.DrawFn, most: int, inputs: bool) -> Chain:
     return Chain(tuple(sites), draw(st.integers(0, 8000)))
 
 
-def brute(chain: Chain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(peak, kept bytes, seconds) of every choice of boundaries, inputs replayed: `evaluate`, for all at once."""
+def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(peak, kept bytes, seconds) of every choice of boundaries: `evaluate`, for all at once. With `inputs`, every
+    choice of branch inputs to keep as well; without, all of them are replayed."""
     count = len(chain.sites)
-    masks = np.arange(2**count)
-    total, block = np.zeros(len(masks), int), np.zeros(len(masks), int)
-    peak, seconds = np.zeros(len(masks), int), np.zeros(len(masks))
-    legal = np.ones(len(masks), bool)
+    masks = np.arange(2 ** (2 * count if inputs else count))
+    total, block, held, peak = (np.zeros(len(masks), int) for _ in range(4))
+    seconds, legal = np.zeros(len(masks)), np.ones(len(masks), bool)
     for index, site in enumerate(chain.sites):
         kept = (masks >> index & 1).astype(bool)
+        whole = (masks >> (count + index) & 1).astype(bool)
         if index == 0 or site.pinned:
             legal &= kept
-        total = total + np.where(kept, site.cost, 0)
-        block = np.where(kept, site.rebuilt, block + site.state)
-        seconds += np.where(kept & (site.source is None), 0.0, site.state_seconds) + site.input_seconds
-        peak = np.maximum(peak, site.live + total + block + site.branch_input)
+        early = ~kept & site.early
+        own = np.where(early, site.branch_input, 0)
+        total = total + np.where(kept, held + site.cost, 0)
+        held = np.where(kept, 0, held)
+        block = np.where(kept, site.rebuilt, block + site.state + own)
+        seconds += np.where(kept & (site.source is None), 0.0, site.state_seconds)
+        seconds += np.where(whole, 0.0, site.input_seconds)
+        live = np.maximum(site.live + site.branch_input, site.border)
+        peak = np.maximum(peak, live + total + block - own)
+        held = held + np.where(whole & early, site.branch_input, 0)
+        total = total + np.where(whole & ~early, site.branch_input, 0)
+    total = total + held
     peak = np.maximum(peak, chain.head + total)
     return peak[legal], total[legal], seconds[legal]
 
 
-def brute_with_inputs(chain: Chain) -> list[Plan]:
+@st.composite
+def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> Chain:
+    """Chains of all that there is; with `free` a branch input takes no time to replay: none is worth keeping."""
+    chain = draw(chains(most, inputs=True))
+    sites = [
+        dataclasses.replace(
+            site,
+            border=draw(st.integers(0, 6000)),
+            early=index > 0 and draw(st.booleans()),
+            input_seconds=0.0 if free else site.input_seconds,
+        )
+        for index, site in enumerate(chain.sites)
+    ]
+    return Chain(tuple(sites), chain.head)
+
+
+@given(chains_with_early_inputs(6), st.integers(0, 2**12 - 1))
+@settings(max_examples=100, deadline=None)
+def test_brute_force_is_what_evaluate_says(chain: Chain, choice: int) -> None:
     count = len(chain.sites)
-    subsets = [c for size in range(count + 1) for c in itertools.combinations(range(count), size)]
-    return [evaluate(chain, kept, inputs) for kept in subsets if 0 not in kept for inputs in subsets]
+    bits = choice % 4**count
+    kept = [index for index in range(count) if bits >> index & 1]
+    inputs = [index for index in range(count) if bits >> (count + index) & 1]
+    forced = {0} | {index for index, site in enumerate(chain.sites) if site.pinned}
+    plan = evaluate(chain, kept, inputs)
+    legal = [mask for mask in range(4**count) if all(mask >> index & 1 for index in forced)]
+    whole = bits | sum(1 << index for index in forced)
+    found = [values[legal.index(whole)] for values in brute(chain, inputs=True)]
+    assert found == [plan.peak, plan.kept_bytes, pytest.approx(plan.seconds)]
 
 
 @given(chains(16, inputs=False))
@@ -139,18 +171,77 @@ def test_sixteen_uneven_sites(seed: int) -> None:
         assert small_kept.seconds <= 1.01 * seconds[kept <= kept.min() + share * (kept.max() - kept.min())].min()
 
 
-@given(chains(5, inputs=True), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
-def test_inputs_are_chosen_site_by_site(chain: Chain, share: float) -> None:
-    plans = brute_with_inputs(chain)
-    least = min(plan.peak for plan in plans)
-    plan = least_peak(chain)
+def assert_as_brute_force(chain: Chain, inputs: bool, share: float, tolerance: float) -> None:
+    """The least peak, the fastest plan near it, the fastest within a peak and within kept bytes."""
+    peak, kept, seconds = brute(chain, inputs)
+    plan = least_peak(chain, tolerance=tolerance)
     assert plan is not None
-    assert plan.peak == least
-    limit = least + share * (max(plan.peak for plan in plans) - least)
+    assert peak.min() <= plan.peak <= peak.min() * (1 + tolerance)
+    assert plan.seconds == pytest.approx(seconds[peak <= peak.min() * (1 + tolerance)].min())
+    limit = peak.min() + share * (peak.max() - peak.min())
     quick = fastest(chain, limit)
     assert quick is not None
-    assert quick.seconds <= 1.01 * min(plan.seconds for plan in plans if plan.peak <= limit)
+    assert quick.peak <= limit
+    assert quick.seconds == pytest.approx(seconds[peak <= limit].min())
+    allowed = int(kept.min() + share * (kept.max() - kept.min()))
+    small = fastest_within(chain, allowed)
+    assert small is not None
+    assert small.kept_bytes <= allowed
+    best = seconds[kept <= allowed].min()
+    assert small.seconds == pytest.approx(best)
+    assert small.peak <= 1.01 * peak[(kept <= allowed) & (seconds <= best * (1 + 1e-9))].min() + 1
+
+
+TOLERANCES = (0.0, 0.01, 0.2)
+
+
+@given(chains_with_early_inputs(8), st.floats(0, 1), st.sampled_from(TOLERANCES))
+@settings(max_examples=200, deadline=None)
+def test_branch_inputs_early_ones_and_borders(chain: Chain, share: float, tolerance: float) -> None:
+    """Each choice of branch inputs to keep, of up to 8 sites."""
+    assert_as_brute_force(chain, True, share, tolerance)
+
+
+@given(chains_with_early_inputs(16, free=True), st.floats(0, 1), st.sampled_from(TOLERANCES))
+@settings(max_examples=200, deadline=None)
+def test_replayed_branch_inputs_early_ones_and_borders(chain: Chain, share: float, tolerance: float) -> None:
+    """Up to 16 sites, where to replay an input is free."""
+    assert_as_brute_force(chain, False, share, tolerance)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_uneven_sites_with_everything(seed: int) -> None:
+    """Eight sites with each choice of branch inputs; sixteen where to replay one is free."""
+    rng = random.Random(seed)
+    for count, inputs in ((8, True), (16, False)):
+        sites = [
+            Site(
+                state=rng.randrange(1, 10**6),
+                branch_input=rng.randrange(3 * 10**5),
+                live=rng.randrange(10**6),
+                state_seconds=rng.random(),
+                input_seconds=rng.random() if inputs else 0.0,
+                source=rng.randrange(10**5) if index == 0 and seed % 2 else None,
+                pinned=rng.random() < 0.1,
+                border=rng.randrange(10**6),
+                early=index > 0 and rng.random() < 0.5,
+            )
+            for index in range(count)
+        ]
+        chain = Chain(tuple(sites), head=rng.randrange(5 * 10**6))
+        for share, tolerance in zip((0.02, 0.2, 0.6), TOLERANCES, strict=True):
+            assert_as_brute_force(chain, inputs, share, tolerance)
+
+
+@given(chains_with_early_inputs(16))
+@settings(max_examples=60, deadline=None)
+def test_the_least_peak_of_everything(chain: Chain) -> None:
+    """To keep a branch input never lowers the peak, so that of all plans is that of the plans that replay them all."""
+    peak, _, seconds = brute(chain)
+    plan = least_peak(chain)
+    assert plan is not None
+    assert plan.peak == peak.min()
+    assert plan.seconds <= 1.01 * seconds[peak == peak.min()].min()
 
 
 def test_the_paper_s_closed_form() -> None:
@@ -220,34 +311,6 @@ def test_long_chains_take_little_time(count: int) -> None:
         assert plan is not None
         assert plan.peak <= equal_blocks(each).peak
     assert time.perf_counter() - start < 30
-
-
-# ------------------------------------------------------------------------------------------------ early inputs, borders
-@st.composite
-def chains_with_early_inputs(draw: st.DrawFn, most: int) -> Chain:
-    chain = draw(chains(most, inputs=True))
-    sites = [
-        dataclasses.replace(site, border=draw(st.integers(0, 6000)), early=index > 0 and draw(st.booleans()))
-        for index, site in enumerate(chain.sites)
-    ]
-    return Chain(tuple(sites), chain.head)
-
-
-@given(chains_with_early_inputs(5), st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.2]))
-@settings(max_examples=60, deadline=None)
-def test_early_inputs_and_borders(chain: Chain, share: float, tolerance: float) -> None:
-    """The least peak, the fastest plan near it, and the fastest within a limit: those of brute force."""
-    plans = brute_with_inputs(chain)
-    least = min(plan.peak for plan in plans)
-    plan = least_peak(chain, tolerance=tolerance)
-    assert plan is not None
-    assert least <= plan.peak <= least * (1 + tolerance)
-    near = [other.seconds for other in plans if other.peak <= least * (1 + tolerance)]
-    assert plan.seconds == pytest.approx(min(near))
-    limit = least + share * (max(plan.peak for plan in plans) - least)
-    quick = fastest(chain, limit)
-    assert quick is not None
-    assert quick.seconds == pytest.approx(min(plan.seconds for plan in plans if plan.peak <= limit))
 
 
 @given(chains(16, inputs=False), st.sampled_from([0.01, 0.05]))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-import mhc_compile.convert
 from mhc_compile import ops
 from mhc_compile.capture import copy_graph
 from mhc_compile.config import Options
@@ -278,21 +277,6 @@ def test_where_no_kernel_runs_it() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ whole models
-def fold_everywhere(gm: fx.GraphModule, ctx: PassContext) -> PassResult:
-    return fold(gm, ctx, lambda named: "")
-
-
-fold_everywhere.__name__ = "fold_norms"
-
-
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass folds on the CPU too."""
-    order = [fold_everywhere if step is fold_norms else step for step in mhc_compile.convert.ORDER]
-    assert fold_everywhere in order
-    monkeypatch.setattr(mhc_compile.convert, "ORDER", order)
-
-
 def hugging_face(family: str) -> tuple[nn.Module, int]:
     """(a model of two layers, its sites whose branch begins with a norm)."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-import operator
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import ops
 from mhc_compile.config import Options, resolve
@@ -18,108 +18,8 @@ from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import LowerPass
 from mhc_compile.passes import PassContext
 from mhc_compile.passes.recompute import PLAN_KEY, RecomputeResult, inductor_settings, plan_key, recompute
-from mhc_compile.report import CompileReport
-from tests.passes.models import WIDTH, Block, Stack, conversions, tokens
-
-STATE = 2 * 5 * 4 * WIDTH * 4
-"""Bytes of a stream state of these models."""
-
-
-class SpelledNorm(nn.Module):
-    """RMSNorm as Hugging Face writes it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        x = x.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.weight * x.to(dtype)
-
-
-def model(layers: int, norm: type[nn.Module] = SpelledNorm, body: Any = None) -> nn.Module:
-    torch.manual_seed(3)
-    return Stack([Block(norm=norm) for _ in range(layers)], body)
-
-
-def plan_of(report: CompileReport) -> RecomputeResult:
-    """What the pass says."""
-    return next(result for result in report.passes if isinstance(result, RecomputeResult))
-
-
-class Run:
-    """One training step through AOTAutograd's min-cut partitioner, and the two graphs it made."""
-
-    def __init__(self, module: nn.Module, **options: Any) -> None:
-        from functorch.compile import make_boxed_func
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-        def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-            self.conversion: Conversion = convert(gm, inputs, resolve(options, None))
-            compiled = aot_autograd(
-                fw_compiler=lambda g, _: make_boxed_func(self._see("forward", g)),
-                bw_compiler=lambda g, _: make_boxed_func(self._see("backward", g)),
-                partition_fn=min_cut_rematerialization_partition,
-            )(self.conversion.gm, self.conversion.inputs)
-            return lambda *args: compiled(*args, *self.conversion.parameters.values)
-
-        torch._dynamo.reset()
-        self.graphs: dict[str, fx.Graph] = {}
-        torch.manual_seed(11)
-        self.output = torch.compile(module, backend=backend)(tokens())
-        hyper = self.conversion.parameters.values
-        wanted = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
-        loss = self.output.square().mean() + (self.output * 0.3).sum()
-        self.gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        self.result = plan_of(self.conversion.report)
-
-    def _see(self, name: str, graph: fx.GraphModule) -> Any:
-        self.graphs[name] = graph.graph
-        return graph.forward
-
-    def count(self, target: Any) -> int:
-        """Nodes of the backward graph that call `target`."""
-        return sum(node.target is target for node in self.graphs["backward"].nodes)
-
-    def made(self, target: Any) -> list[fx.Node]:
-        return [node for node in self.graphs["forward"].nodes if node.target is target]
-
-    @property
-    def saved(self) -> list[fx.Node]:
-        """What the forward graph hands to the backward graph, inputs left out."""
-        (output,) = self.graphs["forward"].find_nodes(op="output")
-        return [node for node in output.args[0][1:] if node.op != "placeholder"]
-
-    def saved_of(self, target: Any) -> list[int]:
-        """Which of the nodes that call `target` are saved, by their order."""
-        saved = set(self.saved)
-        return [index for index, node in enumerate(self.made(target)) if node in saved]
-
-    @property
-    def kinds(self) -> Counter[str]:
-        """Saved values that are not ours, by what made them."""
-        names = Counter()
-        for node in self.saved:
-            source = node.args[0] if node.target is operator.getitem else node
-            if getattr(source.target, "namespace", "") == "aten":
-                names[f"{source.target.overloadpacket.__name__}{list(node.meta['val'].shape)}"] += 1
-        return names
-
-
-def same(a: Run, b: Run) -> None:
-    """Outputs and gradients are the same bits."""
-    assert torch.equal(a.output, b.output)
-    assert len(a.gradients) == len(b.gradients)
-    for one, other in zip(a.gradients, b.gradients, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
-
-
-def kept_of(result: RecomputeResult) -> list[int]:
-    return [row.index for row in result.rows if row.state == "kept"]
+from tests.passes.models import WIDTH, conversions, tokens
+from tests.passes.planned import STATE, Run, kept_of, model, plan_of, same
 
 
 # ------------------------------------------------------------------------------------------------ what is saved
@@ -134,7 +34,13 @@ def kept_of(result: RecomputeResult) -> list[int]:
         pytest.param(36, "bytes", marks=pytest.mark.slow),
     ],
 )
-def test_saved_tensors_are_those_of_the_plan(layers: int, wanted: str) -> None:
+@pytest.mark.parametrize("folded", [False, True], ids=["spelled", "folded"])
+def test_saved_tensors_are_those_of_the_plan(
+    layers: int, wanted: str, folded: bool, request: pytest.FixtureRequest
+) -> None:
+    """With the branches' norms as the model spells them, and (as on a GPU) as one op with their pre."""
+    if folded:
+        request.getfixturevalue("everywhere")
     sites = 2 * layers
     off = Run(model(layers))
     run = Run(model(layers), recompute="memory" if wanted == "memory" else (sites // 3 + 1) * STATE)
@@ -143,23 +49,27 @@ def test_saved_tensors_are_those_of_the_plan(layers: int, wanted: str) -> None:
     kept = kept_of(run.result)
     inputs = [row.index for row in rows if row.branch_input == "kept"]
     replayed = sites - len(inputs)
-    assert 0 < len(kept) < sites - 1
-    # Our ops: states at the boundaries, the four results of every site's coefficients, the inputs that are kept.
+    assert 0 < len(kept) < sites
+    assert run.result.changed == sites - len(kept) + replayed
+    # Our ops: states at the boundaries, the four results of every site's coefficients, the inputs that are kept (of a
+    # folded norm the statistics; its result is saved as the view that the branch's projections read).
     assert run.saved_of(ops.post.overload) == [index - 1 for index in kept]
     assert run.saved_of(ops.expand.overload) == []
-    assert run.saved_of(ops.pre.overload) == inputs
-    coefficients = [
-        n for n in run.saved if n.target is operator.getitem and n.args[0].target is ops.coefficients.overload
-    ]
-    assert len(coefficients) == 4 * sites
+    assert run.saved_of(ops.pre.overload) == ([] if folded else inputs)
+    assert run.saved_results_of(ops.pre_norm.overload) == ([(index, 1) for index in inputs] if folded else [])
+    every = [(index, result) for index in range(sites) for result in range(4)]
+    assert run.saved_results_of(ops.coefficients.overload) == every
     # Everything else: as without recompute, but for the norms of replayed inputs (their means instead of their results
-    # and reciprocal roots), and the value that is expanded.
+    # and reciprocal roots; of a folded one nothing), and the value that is expanded.
     gone, new = off.kinds - run.kinds, run.kinds - off.kinds
-    assert gone == Counter({f"rsqrt{[2, 5, 1]}": replayed, f"view{[10, WIDTH]}": replayed})
-    assert new == Counter({f"mean{[2, 5, 1]}": replayed, f"view{[2, 5, WIDTH]}": 1})
+    spelled = {} if folded else {f"rsqrt{[2, 5, 1]}": replayed}
+    assert gone == Counter({f"view{[10, WIDTH]}": replayed} | spelled)
+    spelled = {} if folded else {f"mean{[2, 5, 1]}": replayed}
+    assert new == Counter({f"view{[2, 5, WIDTH]}": 1} | spelled)
     # The replay: each state that is not kept once, each input that is not kept once, no projection, no branch.
     assert run.count(ops.post.overload) == sites - 1 - len(kept)
-    assert run.count(ops.pre.overload) == replayed
+    assert run.count(ops.pre.overload) == (0 if folded else replayed)
+    assert run.count(ops.pre_norm.overload) == (replayed if folded else 0)
     assert run.count(ops.expand.overload) == 1
     assert run.count(ops.coefficients.overload) == run.count(ops.sinkhorn.overload) == 0
     for target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
@@ -167,14 +77,95 @@ def test_saved_tensors_are_those_of_the_plan(layers: int, wanted: str) -> None:
     same(off, run)
 
 
-def test_replay_starts_when_its_block_does() -> None:
-    """The states of one block are replayed after the backward of the block above it has begun, not all at once."""
-    run = Run(model(6), recompute=4 * STATE)
+@pytest.mark.usefixtures("everywhere")
+def test_saved_tensors_where_the_branch_input_is_kept_for_its_norm() -> None:
+    """In ``single_pass`` a folded norm gives u as well, which is kept and replayed with its result."""
+    off, run = Run(model(4), variant="single_pass"), Run(model(4), variant="single_pass", recompute="memory")
+    kept = kept_of(run.result)
+    norms = [row.index - 1 for row in run.result.rows if row.branch_input == "kept"]  # the first state has none
+    assert 0 < len(norms) < 8
+    assert run.saved_of(ops.post.overload) == [index - 1 for index in kept]
+    assert run.saved_results_of(ops.pre_norm.overload) == [(index, result) for index in norms for result in (1, 2)]
+    assert run.count(ops.pre_norm.overload) == 8 - len(norms)
+    assert run.count(ops.post.overload) == 8 - len(kept)
+    same(off, run)
+
+
+Places = dict[int, int]
+"""Of states or sites: where in a graph (or in code) something happens to them."""
+
+
+def assert_blocks_in_turn(result: RecomputeResult, replays: Places, ends: Places, backwards: Places) -> None:
+    """Each block is replayed between the last post's backward of the block above and its own first one, and what it
+    made is read for the last time (or freed: ``ends``) before the block below is replayed."""
+    kept, sites = kept_of(result), len(result.rows)
+    blocks = [(0, kept[0]), *itertools.pairwise([*kept, sites])]
+    assert sorted(replays) == [state for state in range(sites) if state not in kept]
+    assert list(backwards.values()) == sorted(backwards.values())
+    before = max(ends.values())
+    for first, after in blocks:
+        own = [state for state in range(first, after) if state in replays]
+        if not own:
+            continue
+        starts = [replays[state] for state in own]
+        assert starts == sorted(starts)
+        assert max(starts) < backwards[after - 1]
+        assert after == sites or backwards[after] < min(starts)
+        assert max(ends[state] for state in own) <= before
+        before = min(starts)
+
+
+@pytest.mark.parametrize(("layers", "wanted"), [(6, 4 * STATE), (6, "memory"), (12, 8 * STATE)])
+def test_replay_starts_when_its_block_does(layers: int, wanted: int | str) -> None:
+    """Not all at once, and a block's states are gone when the next one's come."""
+    run = Run(model(layers), recompute=wanted)
     order = {node: index for index, node in enumerate(run.graphs["backward"].nodes)}
-    posts = [order[node] for node in order if node.target is ops.post.overload]
-    backwards = [order[node] for node in order if node.target is ops.post.backward_overload]
+    state_of = {node.name: index + 1 for index, node in enumerate(run.made(ops.post.overload))}
+    state_of |= {node.name: 0 for node in run.made(ops.expand.overload)}
+    again = (ops.post.overload, ops.expand.overload)
+    replays = {state_of[node.name]: place for node, place in order.items() if node.target in again}
+    ends = {state_of[node.name]: max(map(order.__getitem__, node.users)) for node in order if node.target in again}
+    backwards = [place for node, place in order.items() if node.target is ops.post.backward_overload]
     assert len(kept_of(run.result)) >= 2
-    assert min(posts) < backwards[len(backwards) // 2] < max(posts)
+    assert_blocks_in_turn(run.result, replays, ends, dict(zip(range(2 * layers)[::-1], backwards, strict=True)))
+
+
+@pytest.mark.slow
+def test_the_order_survives_inductor() -> None:
+    """Its scheduler sorts the kernels of a graph for the least peak. Our ops are left as calls, to be seen in the code;
+    the states are wide enough to be what counts."""
+    from torch._inductor.utils import run_and_get_code
+
+    from mhc_compile import compat
+
+    conversion: Any = None
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal conversion
+        conversion = convert(gm, inputs, resolve({"recompute": 3 * 40 * STATE}, None))
+        inner = compat.inductor_compile(
+            conversion.gm, conversion.inputs, inductor_settings(conversion.gm, Options(recompute=3 * 40 * STATE))
+        )
+        return lambda *args: inner(*args, *conversion.parameters.values)
+
+    assert torch._inductor.config.reorder_for_peak_memory
+    compiled = torch.compile(model(4), backend=backend)
+    _, codes = run_and_get_code(lambda: compiled(tokens(2, 200, 3)).square().mean().backward())
+    lines = codes[-1].splitlines()
+    result = plan_of(conversion.report)
+    kept = kept_of(result)
+    assert len(kept) >= 2
+    calls = re.compile(r"\s*(buf\d+) = torch\.ops\.mhc\.(post|expand|post_backward)\.default\(")
+    found = [(place, *match.groups()) for place, line in enumerate(lines) if (match := calls.match(line))]
+    places = [place for place, _, op in found if op == "post_backward"]
+    states = [state for first, after in reversed([(0, kept[0]), *itertools.pairwise([*kept, 8])])
+              for state in range(first, after) if state not in kept]  # fmt: skip
+    replays, ends = {}, {}
+    for state, (place, buffer, _) in zip(states, (call for call in found if call[2] != "post_backward"), strict=True):
+        replays[state] = place
+        value = next(m for line in lines[place:] if (m := re.fullmatch(rf"\s*(buf\d+) = {buffer}(\[0\])?\s*", line)))
+        ends[state] = next(at for at, line in enumerate(lines) if re.match(rf"\s*del {value[1]}\b", line))
+    assert_blocks_in_turn(result, replays, ends, dict(zip(range(8)[::-1], places, strict=True)))
 
 
 def test_off_and_graphs_without_gradients_are_left_alone() -> None:
@@ -193,62 +184,6 @@ def test_off_and_graphs_without_gradients_are_left_alone() -> None:
     result = plan_of(seen[0].report)
     assert result.changed == 0
     assert "no gradient" in result.notes[0]
-
-
-# ------------------------------------------------------------------------------------------------ same bits
-@pytest.mark.parametrize(
-    ("variant", "norm"),
-    [("mhc", nn.LayerNorm), ("mhc", nn.RMSNorm), ("single_pass", SpelledNorm), ("identity", SpelledNorm)],
-)
-def test_bits(variant: str, norm: type[nn.Module]) -> None:
-    off = Run(model(3, norm), variant=variant, init="paper")
-    run = Run(model(3, norm), variant=variant, init="paper", recompute="memory")
-    assert run.result.changed > 0
-    assert len(run.saved) <= len(off.saved)
-    same(off, run)
-
-
-def test_bits_with_a_learned_collapse_and_dropout() -> None:
-    class Dropping(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            x = x + nn.functional.dropout(self.attn(x), 0.3)
-            return x + nn.functional.dropout(self.mlp(x), 0.3)
-
-    def build() -> nn.Module:
-        torch.manual_seed(3)
-        return Stack([Dropping(norm=SpelledNorm) for _ in range(3)])
-
-    off, run = Run(build(), collapse="learned"), Run(build(), collapse="learned", recompute=2 * STATE)
-    assert run.result.rows[-1].output_bytes == 0  # the state that the head reads has no branch
-    same(off, run)
-
-
-def test_checkpoints_of_the_model_keep_their_branches_and_lose_the_streams() -> None:
-    """Inside the user's checkpoints the branches are recomputed as asked; states and outputs follow the plan."""
-
-    def body(layer: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(layer, x, use_reentrant=False)
-
-    plain, off = Run(model(4)), Run(model(4, body=body))
-    run = Run(model(4, body=body), recompute=3 * STATE)
-    kept = kept_of(run.result)
-    assert run.saved_of(ops.post.overload) == [index - 1 for index in kept]
-    assert len(kept) < 7
-    assert run.count(ops.coefficients.overload) == 0
-    assert off.count(ops.coefficients.overload) > 0  # without a plan the checkpoints run them again
-    more = run.count(torch.ops.aten.addmm.default) + run.count(torch.ops.aten.mm.default)
-    assert more > plain.count(torch.ops.aten.addmm.default) + plain.count(torch.ops.aten.mm.default)
-    same(off, run)
-
-
-def test_activation_memory_budget_leaves_the_plan_alone() -> None:
-    import torch._functorch.config as functorch_config
-
-    off = Run(model(3))
-    with functorch_config.patch(activation_memory_budget=0.5):
-        run = Run(model(3), recompute=3 * STATE)
-    assert run.saved_of(ops.post.overload) == [index - 1 for index in kept_of(run.result)]
-    same(off, run)
 
 
 # ------------------------------------------------------------------------------------------------ the choice
@@ -293,9 +228,10 @@ def test_no_replay_where_it_cannot_lower_the_peak() -> None:
 
 def test_the_table_adds_up() -> None:
     (result,) = results(4, {"recompute": "memory"})
-    kept = sum(row.state_bytes for row in result.rows if row.state == "kept")
-    kept += sum(row.input_bytes for row in result.rows if row.branch_input == "kept")
-    assert result.kept_bytes == kept + STATE // 4
+    held = {"kept": STATE, "from source": STATE // 4, "replayed": 0}
+    assert [row.kept_bytes for row in result.rows] == [held[row.state] for row in result.rows]
+    inputs = sum(row.input_bytes for row in result.rows if row.branch_input == "kept")
+    assert result.kept_bytes == sum(row.kept_bytes for row in result.rows) + inputs
     assert result.kept_without == sum(row.state_bytes + row.input_bytes for row in result.rows)
     assert result.peak < result.peak_without
     assert {row.coefficient_bytes for row in result.rows} == {2 * 5 * (4 + 4 + 16 + 25) * 4}
@@ -303,17 +239,34 @@ def test_the_table_adds_up() -> None:
     assert all(":" in row.where for row in result.rows)
 
 
-def test_the_report_has_a_line_a_block() -> None:
-    _, _, (outcome, off) = conversions(model(4), [tokens()], [{"recompute": 3 * STATE}, {}])
-    text = str(outcome.report)
-    result = plan_of(outcome.report)
-    assert f"predicted peak {result.peak / 1024:.1f} KiB" in text
-    starts = [0, *kept_of(result)]
-    for first, after in itertools.pairwise([*starts, 8]):
-        label = f"0.{first}" if after == first + 1 else f"0.{first}..{after - 1}"
-        assert any(line.startswith(f"{label} ") and "KiB" in line for line in text.splitlines()), text
-    assert '"replay_seconds"' in outcome.report.to_json()
+def test_the_report_says_bytes_a_site() -> None:
+    """A line for each run of equal sites: of state and branch input what is kept and what is replayed."""
+    settings: list[dict[str, Any]] = [{"recompute": 3 * STATE}, {"recompute": "memory"}, {}]
+    _, _, (few, some, off) = conversions(model(4), [tokens()], settings)
+    assert "bytes a site" not in str(off.report)
     assert "predicted peak" not in str(off.report)
+    for outcome in (few, some):
+        text, result = str(outcome.report), plan_of(outcome.report)
+        assert f"predicted peak {result.peak / 1024:.1f} KiB" in text
+        _, _, tail = text.partition("bytes a site ")
+        lines = [re.split(r" {2,}", line) for line in tail.splitlines()[1:]]
+        *table, (_, *sums) = lines[: next(at for at, line in enumerate(lines) if line[0] == "all together") + 1]
+        seen = []
+        for label, *cells in table:
+            chain, first, last = re.fullmatch(r"(\d+)\.(\d+)(?:\.\.(\d+))?", label).groups()
+            for index in range(int(first), int(last or first) + 1):
+                row = result.rows[index]
+                assert (row.chain, row.index) == (int(chain), index)
+                replayed = 0 if row.state == "kept" else row.state_bytes
+                inputs = (row.input_bytes, 0) if row.branch_input == "kept" else (0, row.input_bytes)
+                wanted = (row.kept_bytes, replayed, *inputs, row.coefficient_bytes, row.output_bytes)
+                assert cells == [f"{size / 1024:.1f} KiB" if size else "-" for size in wanted]
+                seen.append(index)
+        assert seen == list(range(8))
+        assert len(table) < 8
+        kept = sum(row.kept_bytes for row in result.rows)
+        assert sums[0] == f"{kept / 1024:.1f} KiB"
+        assert '"replay_seconds"' in outcome.report.to_json()
 
 
 # ------------------------------------------------------------------------------------------------ the key
@@ -331,6 +284,37 @@ def test_buffers_are_not_held_for_reuse_where_there_is_a_plan() -> None:
     assert inductor_settings(off.gm, Options()) == {}
     assert inductor_settings(on.gm, Options(recompute=2 * STATE)) == {"allow_buffer_reuse": False}
     assert hasattr(torch._inductor.config, "allow_buffer_reuse")
+
+
+def test_16_bits_round_on_a_cpu_with_a_plan_and_without_one() -> None:
+    """Where there is a backward; a setting of the user's own goes over ours."""
+    rounding = {"emulate_precision_casts": True}
+    module, x = model(1).to(torch.bfloat16), tokens(dtype=torch.bfloat16)
+    for options in (Options(), Options(recompute=STATE // 2)):
+        _, _, (outcome,) = conversions(module, [x], [{"recompute": options.recompute}])
+        assert rounding.items() <= inductor_settings(outcome.gm, options).items()
+        with torch.no_grad():
+            assert "emulate_precision_casts" not in inductor_settings(outcome.gm, options)
+    _, _, (wide,) = conversions(model(1), [tokens()], [{}])
+    assert inductor_settings(wide.gm, Options()) == {}
+    plain, _, _ = conversions(module, [x], [])  # nothing of ours in it
+    assert inductor_settings(plain, Options()) == {}
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_the_user_s_rounding_goes_over_ours(asked: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mhc_compile.backend as backend
+
+    seen: list[dict[str, Any]] = []
+
+    def compile_graph(gm: fx.GraphModule, inputs: Any, settings: dict[str, Any]) -> Any:
+        seen.append(settings)
+        return gm.forward
+
+    monkeypatch.setattr(backend.compat, "inductor_compile", compile_graph)
+    options = {} if asked is None else {"inductor": {"emulate_precision_casts": asked}}
+    torch.compile(model(1).to(torch.bfloat16), backend=backend.mhc, options=options)(tokens(dtype=torch.bfloat16))
+    assert seen[0]["emulate_precision_casts"] == (asked is None)
 
 
 def test_running_it_again_changes_nothing() -> None:
@@ -365,47 +349,3 @@ def test_ops_called_by_hand_are_planned_too() -> None:
     assert result.rows[0].state == "kept"  # not expanded by our op: its source is unknown
     tagged = {node.meta.get("recompute") for node in graphs[0].graph.nodes if node.target is ops.post.overload}
     assert {CheckpointPolicy.MUST_RECOMPUTE} < tagged | {None}
-
-
-@pytest.mark.slow
-def test_bits_with_inductor() -> None:
-    import mhc_compile.backend as backend
-
-    def step(module: nn.Module, **options: Any) -> list[Tensor]:
-        torch._dynamo.reset()
-        compiled = torch.compile(module, backend=backend.mhc, options={"init": "paper", **options})
-        torch.manual_seed(5)
-        output = compiled(tokens())
-        output.square().mean().backward()
-        return [output.detach(), *(p.grad for p in module.parameters())]
-
-    off, run = step(model(2)), step(model(2), recompute=2 * STATE)
-    assert plan_of(backend.reports[-1]).changed > 0
-    assert len(off) == len(run)
-    for one, other in zip(off, run, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.slow
-def test_bits_of_a_native_model() -> None:
-    """Hyper-connections that the model brought along, raised and then planned like any others."""
-    pytest.importorskip("transformers")
-    import mhc_compile.backend as backend
-    from tests.spellings.families import deepseek_v4
-
-    def step(**options: Any) -> list[Tensor | None]:
-        torch._dynamo.reset()
-        module = deepseek_v4(2)
-        settings = {"compiler": "aot_eager", "rewrite": False, **options}
-        compiled = torch.compile(module, backend=backend.mhc, options=settings)
-        output = compiled(input_ids=torch.arange(16).reshape(2, 8), use_cache=False).last_hidden_state
-        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-        return [output.detach(), *(parameter.grad for parameter in module.parameters())]
-
-    off, run = step(), step(recompute=3 * 2 * 8 * 4 * 32 * 4)
-    result = plan_of(backend.reports[-1])
-    assert [row.state for row in result.rows].count("kept") == 2
-    assert len(result.rows) == 5  # four sites and the head
-    for one, other in zip(off, run, strict=True):
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other)
