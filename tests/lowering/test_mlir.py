@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 import mhc_compile
@@ -24,6 +23,7 @@ from mhc_compile.lowering import mlir
 from tests.tiny import ids, tiny
 
 pytest.importorskip("torch_mlir.fx", reason="needs torch-mlir")
+assert_expected_inline = pytest.importorskip("expecttest", reason="needs expecttest").assert_expected_inline
 
 TOLERANCE = 1e-5
 
