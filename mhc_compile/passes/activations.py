@@ -145,7 +145,7 @@ def live_bytes(
     fixed = sum(bytes_of(node) for node in {*graph.find_nodes(op="placeholder"), *output.all_input_nodes})
     walk.add(fixed + workspace, 0, end)
     for node in graph.find_nodes(op="placeholder"):
-        if is_parameter(node) and _wants_gradient(node) and node.users:
+        if is_parameter(node) and wants_gradient(node) and node.users:
             walk.add(bytes_of(node), 0, max(order[user] for user in node.users))
     for value in kept:
         walk.add(value.bytes, value.reader, end)
@@ -190,9 +190,9 @@ def _streams(walk: _Walk, states: Sequence[State], own: Sequence[tuple[int, int]
 
 def _gradients(walk: _Walk, node: fx.Node) -> None:
     """The gradients of one value: what its readers write, and their sum where its own backward reads that."""
-    if node.op not in ("call_function", "call_method") or is_view(node) or not _wants_gradient(node):
+    if node.op not in ("call_function", "call_method") or is_view(node) or not wants_gradient(node):
         return
-    if _is_ours(node) and node.target not in (*_PRES, ops.collapse.overload):
+    if is_ours(node) and node.target not in (*_PRES, ops.collapse.overload):
         return
     order = walk.order
     readers = _readers(node)
@@ -232,7 +232,7 @@ def _is_whole(node: fx.Node) -> bool:
     name = target_name(node)
     return (
         node.op == "output"
-        or _is_ours(node)
+        or is_ours(node)
         or name in _CONTRACTING
         or name == "embedding"
         or name.startswith("conv")
@@ -264,7 +264,8 @@ def _result_bytes(node: fx.Node) -> int:
     return next((elements(value) * value.element_size() for value in tensors_of(value_of(node))), 0)
 
 
-def _wants_gradient(node: fx.Node) -> bool:
+def wants_gradient(node: fx.Node) -> bool:
+    """True if autograd follows one of its tensors."""
     return any(value.requires_grad for value in tensors_of(value_of(node)))
 
 
@@ -275,13 +276,14 @@ def _is_attention(node: fx.Node) -> bool:
     return "scaled_dot_product" in target_name(node)
 
 
-def _is_ours(node: fx.Node) -> bool:
+def is_ours(node: fx.Node) -> bool:
+    """True for a call of a semantic op."""
     return getattr(node.target, "namespace", "") == "mhc"
 
 
 def _read_by_backward(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The materialised values that the backward of one node reads."""
-    if node.op not in ("call_function", "call_method") or is_view(node) or _is_ours(node):
+    if node.op not in ("call_function", "call_method") or is_view(node) or is_ours(node):
         return []
     name = target_name(node)
     values = [source for source in node.all_input_nodes if _is_floating(source) and not is_parameter(source)]
@@ -309,7 +311,7 @@ def _materialised(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> lis
         seen.add(value)
         name = target_name(value)
         stops = name in _CONTRACTING or name in _REDUCTIONS or "scaled_dot_product" in name or "norm" in name
-        if stops or value.op not in ("call_function", "call_method") or _is_ours(value) or not value.all_input_nodes:
+        if stops or value.op not in ("call_function", "call_method") or is_ours(value) or not value.all_input_nodes:
             found[value] = None
         else:
             pending.extend(value.all_input_nodes)

@@ -22,13 +22,13 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import cost, ops
 from mhc_compile.config import Options
 from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
-from mhc_compile.passes.activations import kept_by_autograd, live_bytes
+from mhc_compile.passes.activations import is_ours, kept_by_autograd, live_bytes, wants_gradient
 from mhc_compile.passes.base import PassContext, PassResult
 from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
 from mhc_compile.passes.logits import Logits, compare, total
@@ -122,7 +122,7 @@ def inductor_settings(gm: fx.GraphModule, options: Options) -> dict[str, object]
     settings: dict[str, object] = {}
     if options.recompute != "off" and gm.meta.get(PLAN_KEY):
         settings["allow_buffer_reuse"] = False
-    if _has_backward(gm) and _holds_ours(gm) and _has_16_bits_on_cpu(gm):
+    if _has_backward(gm) and any(map(is_ours, gm.graph.nodes)) and _has_16_bits_on_cpu(gm):
         settings["emulate_precision_casts"] = True
     return settings
 
@@ -186,13 +186,7 @@ def _parameters(ctx: PassContext) -> Callable[[fx.Node], bool]:
 
 
 def _has_backward(gm: fx.GraphModule) -> bool:
-    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
-
-
-def _holds_ours(gm: fx.GraphModule) -> bool:
-    overloads = {op.overload for op in ops.OPS.values()}
-    return any(node.target in overloads for node in gm.graph.nodes)
+    return torch.is_grad_enabled() and any(map(wants_gradient, gm.graph.find_nodes(op="placeholder")))
 
 
 def _has_16_bits_on_cpu(gm: fx.GraphModule) -> bool:

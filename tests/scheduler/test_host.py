@@ -7,7 +7,7 @@ import torch
 
 from mhc_compile.scheduler.contention import Contention, table
 from mhc_compile.scheduler.emit import FORK, JOIN
-from mhc_compile.scheduler.host import Host, call_of_little, measure
+from mhc_compile.scheduler.host import LITTLE, Host, measure
 
 
 def test_a_table_without_a_measurement_counts_with_a_slow_host() -> None:
@@ -19,7 +19,7 @@ def test_a_table_without_a_measurement_counts_with_a_slow_host() -> None:
 
 def test_the_call_between_fork_and_join_is_one_that_they_know() -> None:
     x = torch.ones(1)
-    (result,) = JOIN(FORK([x], call_of_little(), 0), [], call_of_little(), 0)
+    (result,) = JOIN(FORK([x], LITTLE, 0), [], LITTLE, 0)
     assert torch.equal(result, -x)
 
 
