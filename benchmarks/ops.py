@@ -32,6 +32,7 @@ from mhc_compile.lowering import (
     coefficients,
     coefficients_backward,
     few_tokens,
+    gate_pre_norm,
     logits_backward_parts,
     post,
     post_pre_norm,
@@ -188,6 +189,10 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
         "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
         "pre_norm": (lambda: pre_norm.forward(x, p, *norm), n + 1),
+        "gate_pre_norm": (
+            lambda: gate_pre_norm.forward(x, *norm, False, partial, bias, alphas[0], n * width, *flat),
+            n + 1 + _numbers(splits * 5 + 4, width),
+        ),
         "pre_norm_dots": (lambda: pre_norm.dots(du, x, p, *dots, True, True, False), n + 2),
         "pre_norm_dots, u kept": (lambda: pre_norm.dots(du, x, p, *dots, False, True, False, mixed=u), 3),
         "post_pre_norm": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm), 2 * n + 2),

@@ -14,9 +14,10 @@ a CUDA graph of the whole step and with plain launches; output and gradients of 
 with the side or the main stream asleep for a random time at every fork, and those of 100 replays; a trace of one replay
 with the predicted timeline beside it, and which kernels take longer than on one stream.
 
-Everything runs on a stream of high priority and under deterministic algorithms, which takes attention from cuDNN to a
-kernel whose backward repeats itself. Bits are compared only where one stream gives the same ones each time. Parts that
-do not fit into ``--seconds`` are left out and named.
+Everything runs on a stream of high priority. Deterministic algorithms take attention from what torch would choose to a
+kernel whose backward repeats itself, so that bits can be compared; it also takes longer, and ``--usual`` leaves torch
+its choice, to measure the step that is usually trained. Bits are compared only where one stream gives the same ones
+each time. Parts that do not fit into ``--seconds`` are left out and named.
 """
 
 from __future__ import annotations
@@ -27,12 +28,9 @@ import itertools
 import json
 import os
 import random
-import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,6 +43,7 @@ from torch import Tensor, nn
 
 from benchmarks.device import repeatable
 from benchmarks.record import RESULTS, record
+from benchmarks.traces import beside, changed, overlap, traced
 from mhc_compile.backend import mhc, reports
 from mhc_compile.lowering.side import main_parts, side_cases
 from mhc_compile.scheduler import contention as contention_of
@@ -52,9 +51,9 @@ from mhc_compile.scheduler.assign import Plan
 from mhc_compile.scheduler.contention import Case, Contention, interval
 from mhc_compile.scheduler.emit import delayed
 from mhc_compile.scheduler.schedule import using
-from mhc_compile.scheduler.timeline import text, write_trace
+from mhc_compile.scheduler.timeline import text
 
-SHAPES = {"1x1024": (1, 1024), "1x2048": (1, 2048), "1x4096": (1, 4096), "2x4096": (2, 4096)}
+SHAPES = {"1x512": (1, 512), "1x1024": (1, 1024), "1x2048": (1, 2048), "1x4096": (1, 4096), "2x4096": (2, 4096)}
 MODELS = {
     "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32},
     "1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16},
@@ -65,7 +64,6 @@ MEASURED = (1024, 8192)
 """Tokens of the pairs: a pair stands for a third to three times its bytes."""
 PARTS = ("pairs", "sanitizer", "graphs", "steps", "equal")
 WIDTH = 2560
-Events = list[dict[str, Any]]
 
 
 class Clock:
@@ -194,7 +192,7 @@ def timed(
 
 
 def graphed(step: Step) -> torch.cuda.CUDAGraph:
-    """A whole step as a CUDA graph; its main nodes have the priority of the current stream."""
+    """A whole step as a CUDA graph; each node has the priority of the stream that it was captured on."""
     for _ in range(2):
         step()
     torch.cuda.synchronize()
@@ -292,6 +290,7 @@ def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Cl
         return result
     off, on, kind = both
     own, model = result[kind], "" if arguments.model == "4B" else f"{arguments.model}-"
+    model += "usual-" if arguments.usual else ""
     print("\n".join([f"{name}: {kind} plan", *(text(plan) for plan in on.plans)]), flush=True)
     parts: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
         "graphs": (6, lambda: in_graphs(off, on, kind, arguments.runs, folder / f"schedule-trace-{model}{name}.json")),
@@ -300,6 +299,7 @@ def shape(name: str, arguments: argparse.Namespace, found: Contention, clock: Cl
     }
     for part, (seconds, measure) in parts.items():
         left_out = part not in arguments.only or (part == "graphs" and arguments.inductor_graphs)
+        left_out = left_out or (part == "equal" and arguments.usual)
         if left_out or not clock.fits(f"{name}: {part}", seconds):
             continue
         try:
@@ -334,59 +334,6 @@ def in_graphs(off: Step, on: Step, kind: str, replays: int, path: Path) -> dict[
     found["trace"] = {"file": path.name, **overlap(kernels[kind]), "changed_us": changed(kernels["off"], kernels[kind])}
     beside(path, on.plans, kernels[kind])
     return found
-
-
-def beside(path: Path, plans: list[Plan], measured: Events) -> None:
-    """A trace of the predicted timelines and of measured events."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(measured, file)
-        file.flush()
-        write_trace(path, {plan.name: plan for plan in plans}, Path(file.name))
-
-
-def traced(step: Callable[[], object]) -> Events:
-    """The kernels of one step under the profiler, as events of a trace."""
-    from torch.profiler import ProfilerActivity, profile
-
-    step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as run:
-        step()
-        torch.cuda.synchronize()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        run.export_chrome_trace(file.name)
-        events: Events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
-    return [event for event in events if event.get("cat") == "kernel"]
-
-
-def changed(off: Events, on: Events, top: int = 12) -> dict[str, float]:
-    """Kernels whose time in a step is another with a plan, the most first: microseconds more. Then, of the whole step,
-    what all kernels take and the span from the first to the last."""
-    sums = []
-    for events in (off, on):
-        total: Counter[str] = Counter()
-        for event in events:
-            total[re.sub(r"_\d+$", "", event["name"])[:80]] += event["dur"]
-        sums.append(total)
-    more = {name: round(sums[1][name] - sums[0][name], 1) for name in sums[0] | sums[1]}
-    most = dict(sorted(more.items(), key=lambda item: -abs(item[1]))[:top])
-    spans = [max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events) for events in (off, on)]
-    return {**most, "all kernels": round(sum(more.values()), 1), "first to last": round(spans[1] - spans[0], 1)}
-
-
-def overlap(events: Events) -> dict[str, Any]:
-    """Of the kernels that a trace has on other streams than the busiest: how long, and how much of it beside that one.
-    Microseconds."""
-    kernels: dict[int, list[tuple[float, float]]] = {}
-    for event in events:
-        kernels.setdefault(event["args"]["stream"], []).append((event["ts"], event["ts"] + event["dur"]))
-    if not kernels:
-        return {}
-    main = max(kernels, key=lambda stream: sum(end - start for start, end in kernels[stream]))
-    others = [one for stream, row in kernels.items() if stream != main for one in row]
-    beside = sum(max(0.0, min(end, b) - max(start, a)) for start, end in others for a, b in kernels[main])
-    spans = sum(end - start for start, end in others)
-    return {"side_kernels": len(others), "side_us": round(spans, 1), "beside_main_us": round(beside, 1)}
 
 
 def sanitizer() -> dict[str, Any]:
@@ -451,14 +398,22 @@ def keep(results: dict[str, Any], arguments: argparse.Namespace, clock: Clock) -
     results |= {"left_out": clock.skipped, "seconds": round(time.perf_counter() - clock.start, 1)}
     kind = "schedule-inductor-graphs" if arguments.inductor_graphs else "schedule"
     kind += "" if arguments.model == "4B" else f"-{arguments.model}"
-    facts = {"model": arguments.model, "layers": arguments.layers, "runs": arguments.runs, **options(arguments)}
+    kind += "-usual" if arguments.usual else ""
+    facts = {
+        "model": arguments.model,
+        "usual": arguments.usual,
+        "layers": arguments.layers,
+        "runs": arguments.runs,
+        **options(arguments),
+    }
     record(kind, results, arguments.out, quiet=True, **facts)
 
 
-def prepare(deterministic: bool = True) -> None:
-    """Settings of a process that compares bits and reads plans; before anything touches the device. Inductor puts no
-    deterministic accumulation, which an embedding's backward is, into its own CUDA graphs."""
-    repeatable(deterministic)
+def prepare(deterministic: bool = True, usual: bool = False) -> None:
+    """Settings of a process that compares bits (`usual`: does not) and reads plans; before anything touches the device.
+    Inductor puts no deterministic accumulation, which an embedding's backward is, into its own CUDA graphs."""
+    if not usual:
+        repeatable(deterministic)
     # A plan is reported when it is made: an artefact from the cache has none to tell.
     torch._inductor.config.fx_graph_cache = False
     torch._functorch.config.enable_autograd_cache = False
@@ -468,6 +423,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--two-gpus", action="store_true")
     parser.add_argument("--inductor-graphs", action="store_true")
+    parser.add_argument("--usual", action="store_true", help="torch chooses algorithms: no bits are compared")
     parser.add_argument("--model", choices=list(MODELS), default="4B")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--variant", default="mhc")
@@ -488,7 +444,7 @@ def main() -> None:
     if arguments.inductor_graphs:
         arguments.shapes = ["1x1024"]
         arguments.only = [part for part in arguments.only if part != "sanitizer"]
-    prepare(deterministic=not arguments.inductor_graphs)
+    prepare(not arguments.inductor_graphs, arguments.usual)
     one_gpu(arguments)
 
 

@@ -25,7 +25,9 @@ from mhc_compile.lowering.inductor import LowerPass
 from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.ops import CoefficientSpec
 from mhc_compile.scheduler import emit
+from mhc_compile.scheduler.assign import MAIN_KINDS
 from mhc_compile.scheduler.contention import Contention, Pair
+from mhc_compile.scheduler.main_stream import Raised
 from mhc_compile.scheduler.schedule import forks, plan_graph
 
 SIDES = ("mhc_kernel.activate", "mhc_kernel.logits_backward_early", "aten.mm.dtype")
@@ -34,9 +36,10 @@ SPEC = CoefficientSpec()
 
 def table() -> Contention:
     """Every side call free beside everything, whatever its size."""
-    mains = ("matmul", "attention", "memory", "communication")
     sizes = [10 * 4**power for power in range(12)]
-    pairs = [Pair(m, s, size, False, 1e-5, 1e-3, 1.0, 1.0, 1.0, 1.0) for m in mains for s in SIDES for size in sizes]
+    pairs = [
+        Pair(m, s, size, False, 1e-5, 1e-3, 1.0, 1.0, 1.0, 1.0) for m in MAIN_KINDS for s in SIDES for size in sizes
+    ]
     return Contention("every call is free", tuple(pairs))
 
 
@@ -94,10 +97,10 @@ def planned(tensors: list[Tensor]) -> tuple[fx.GraphModule, fx.GraphModule, list
 
 
 def run(forward: fx.GraphModule, backward: fx.GraphModule, tensors: list[Tensor]) -> list[Tensor]:
-    """Output and gradients, the graphs called by hand."""
+    """Output and gradients, the graphs called by hand, on the main stream of this one."""
     with torch.no_grad():
-        out, *saved = forward(*[tensor.detach() for tensor in tensors])
-        return [out, *backward(*saved, torch.ones_like(out))]
+        out, *saved = Raised(lambda given: forward(*given))([tensor.detach() for tensor in tensors])
+        return [out, *Raised(lambda given: backward(*given))([*saved, torch.ones_like(out)])]
 
 
 def checked(forward: fx.GraphModule, backward: fx.GraphModule, tensors: list[Tensor], runs: int) -> str:

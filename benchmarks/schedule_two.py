@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.record import RESULTS, record
-from benchmarks.schedule import WIDTH, beside, cases, changed, equal, others, overlap, prepare, timed, traced
+from benchmarks.schedule import WIDTH, cases, equal, others, prepare, timed
+from benchmarks.traces import beside, changed, overlap, traced
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import config_patches
@@ -204,7 +205,7 @@ def main() -> None:
         if rank == 0:
             print(*lines, sep="\n", flush=True)
 
-    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):  # graphs of inductor's own seam: nothing raises them
         table = measured()
         results |= {"pairs": [asdict(pair) for pair in table.pairs], "alone": [asdict(one) for one in table.alone]}
         say(contention_of.table(table), f"{time.perf_counter() - start:.1f} s")

@@ -28,6 +28,7 @@ from mhc_compile.lowering.side import split_coefficients
 from mhc_compile.passes.recompute import PLAN_KEY, inductor_settings
 from mhc_compile.report import CompileReport
 from mhc_compile.runtime import Converted, Failed
+from mhc_compile.scheduler.main_stream import raise_forks
 from mhc_compile.scheduler.schedule import ScheduleLog, schedule_patches
 from mhc_compile.verify import verify
 
@@ -142,10 +143,11 @@ def _compile(
     if settings.get("emulate_precision_casts"):
         compat.keep_rounding_in_cpp()
     register_kernels(next((one.device for one in inputs if isinstance(one, torch.Tensor)), None))
-    if options.schedule != "off" and schedule is not None:
-        captured = options.schedule == "captured"
-        settings = schedule_patches(settings, schedule, split_coefficients, source_hash(), captured)
-    return compat.inductor_compile(gm, inputs, settings)
+    if options.schedule == "off" or schedule is None:
+        return compat.inductor_compile(gm, inputs, settings)
+    captured = options.schedule == "captured"
+    settings = schedule_patches(settings, schedule, split_coefficients, source_hash(), captured)
+    return compat.inductor_compile(gm, inputs, settings, raise_forks)
 
 
 def _publish(conversion: Conversion, lowering: LoweringLog) -> None:

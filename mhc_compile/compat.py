@@ -235,12 +235,39 @@ def next_checkpoint_id() -> int:
 # --- inductor (seen in 2.11, 2.13; read in 2.15) ---------------------------------------------------------------------
 
 
-def inductor_compile(gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    """``torch._inductor.compile``: AOTAutograd, partitioning, caches, CUDA graphs, code generation."""
+def inductor_compile(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: dict[str, Any],
+    around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """``torch._inductor.compile``: AOTAutograd, partitioning, caches, CUDA graphs, code generation.
+
+    ``around(source, run)`` is given inductor's code of each graph, forward and backward, compiled now or kept in its
+    cache, and what runs it; it gives what runs instead. It is not asked where inductor captures CUDA graphs: what runs
+    there replays them. AOTAutograd's cache knows nothing of it and is off with it. (The argument ``inner_compile`` of
+    ``compile_fx``; ``source_code`` and ``current_callable`` of what it returns.)
+    """
     from torch._inductor import compile as compile_graph
 
-    artefact: Callable[..., Any] = compile_graph(gm, list(inputs), options=config or None)
-    return artefact
+    if around is None:
+        artefact: Callable[..., Any] = compile_graph(gm, list(inputs), options=config or None)
+        return artefact
+    import torch._functorch.config as autograd_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    @functools.wraps(compile_fx_inner)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        graph: Any = compile_fx_inner(*args, **kwargs)
+        # A graph without a call is no code of inductor's.
+        if hasattr(graph, "source_code") and not inductor_config.triton.cudagraphs:
+            graph.current_callable = around(graph.source_code, graph.current_callable)
+        return graph
+
+    with autograd_config.patch(enable_autograd_cache=False):
+        surrounded: Any = compile_fx(gm, list(inputs), inner, config_patches=config or None)
+    return surrounded  # type: ignore[no-any-return]  # a callable: ahead of time nothing is compiled here
 
 
 def keep_rounding_in_cpp() -> None:

@@ -172,6 +172,7 @@ FUSIONS = {
     "stream_gradient": "the sum of what a state gets through post, pre and coefficients",
     "site_boundary": "that sum with the dot products of the post before it",
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
+    "gate_pre_norm": "the gate into pre and norm, where Sinkhorn is on a side stream",
     "few_tokens": "two launches a site for up to 64 tokens",
     "replay": "several sites of a recompute plan in one call",
     "addends": "a sum of gradients into the kernel that reads it",

@@ -243,6 +243,36 @@ def test_backends_and_inductor() -> None:
     assert torch.ops.aten.addmm.default in compat.inductor_decompositions() or compat.inductor_decompositions()
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_runs_a_graph_of_inductor_s_can_be_surrounded(gradients: bool) -> None:
+    """Forward and backward, each with its code; what is given back is what runs."""
+    sources: list[str] = []
+    ran: list[int] = []
+
+    def around(source: str, run: Any) -> Any:
+        sources.append(source)
+        number = len(sources)
+
+        def surrounded(inputs: list[Any]) -> Any:
+            ran.append(number)
+            return run(inputs)
+
+        return surrounded
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        return compat.inductor_compile(gm, inputs, {}, around)
+
+    x, call = torch.randn(4, 4, requires_grad=gradients), torch.compile(lambda x: (x @ x).sin(), backend=backend)
+    for _ in range(2):
+        out = call(x)
+        if gradients:
+            out.sum().backward()
+    torch.testing.assert_close(out, (x @ x).sin())
+    assert len(sources) == 1 + gradients
+    assert all("def call" in source for source in sources)
+    assert ran == ([1, 2] * 2 if gradients else [1] * 2)
+
+
 @pytest.mark.parametrize("theirs", [None, "one", "list"])
 def test_graph_passes_are_chained(theirs: str | None) -> None:
     from torch._inductor import config

@@ -22,13 +22,12 @@ from .sinkhorn import tokens_a_program
 
 
 @triton.jit
-def activate_pre_kernel(
-    partial_ptr, bias_ptr, alpha_ptr, pre_ptr, tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr,
-    TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr,
-    NORM: tl.constexpr, NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
-) -> None:  # fmt: skip
-    """Program: TOKENS tokens from partial projections to pre."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+def token_gates(
+    partial_ptr, bias_ptr, alpha_ptr, token, tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr, NORM: tl.constexpr,
+    NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """pre of the tokens `token` [TOKENS], from partial projections: [TOKENS, NP] float32."""
     there = token < tokens
     base = token * KP
     r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
@@ -36,11 +35,25 @@ def activate_pre_kernel(
     mask = there[:, None] & (lines < N)
     _, p = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + PRE + lines, PRE + lines, mask, r[:, None],
                        tokens, PRE, KP, SPLITS)  # fmt: skip
-    p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
+    return gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
+
+
+@triton.jit
+def activate_pre_kernel(
+    partial_ptr, bias_ptr, alpha_ptr, pre_ptr, tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, PRE: tl.constexpr,
+    NORM: tl.constexpr, NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: TOKENS tokens from partial projections to pre."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    p = token_gates(partial_ptr, bias_ptr, alpha_ptr, token, tokens, TOTAL, SPLITS, TOKENS, N, NP, K, KP, PRE, NORM,
+                    NORM_EPS, SIGMOID, PRE_SCALE, PRE_EPS)  # fmt: skip
+    lines = tl.arange(0, NP)[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
+    mask = (token < tokens)[:, None] & (lines < N)
     tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
 
 
-_CONSTANTS = ("N", "NP", "K", "KP", "PRE", "NORM", "NORM_EPS", "SIGMOID", "PRE_SCALE", "PRE_EPS")
+CONSTANTS = ("N", "NP", "K", "KP", "PRE", "NORM", "NORM_EPS", "SIGMOID", "PRE_SCALE", "PRE_EPS")
 
 
 @kernel_op(
@@ -58,7 +71,7 @@ def activate_pre(partial: Tensor, bias: Tensor, alpha_pre: Tensor, total: int, *
         launch(
             activate_pre_kernel, (triton.cdiv(tokens, block),), partial.contiguous(), bias.contiguous(), alpha_pre,
             h_pre, tokens, TOTAL=total, SPLITS=splits, TOKENS=block, num_warps=1,
-            **{name: every[name] for name in _CONSTANTS},
+            **{name: every[name] for name in CONSTANTS},
         )  # fmt: skip
     return h_pre
 

@@ -177,12 +177,14 @@ class LowerPass(CustomGraphPass):
 
 
 class LaunchPass(CustomGraphPass):
-    """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and
+    """Last of inductor's graph passes: gives a gate that the scheduler has set free to the kernel that reads it, and
+    opens our kernels' opaque calls into launches (they mutate their outputs, and
     the passes before this one expect a functional graph), each with its setting: the fixed one, with the option
     `autotune` the one that was measured (see `tune`)."""
 
     def __init__(self, log: LoweringLog, options: Any = None) -> None:
         self.log = log
+        self.options = options
         # Taken now: the backward is compiled on a thread of autograd's own, where no context of ours is.
         wanted = getattr(options, "autotune", False) and not torch.are_deterministic_algorithms_enabled()
         self.tuning = tune.current() or (tune.Session(log.record_setting) if wanted else None)
@@ -190,6 +192,8 @@ class LaunchPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Open every call of a kernel in `graph`."""
         if any(str(node.target).startswith("mhc_kernel.") for node in graph.nodes):
+            if self.options is None or self.options.fuses("gate_pre_norm"):
+                kernels.fuse_planned(graph, self.log)
             with tune.session(self.tuning):
                 kernels.expand_launches(graph, self.log)
             graph.lint()
@@ -197,7 +201,8 @@ class LaunchPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Identity for inductor's caches."""
         tuned = tune.identity() if self.tuning is not None else None
-        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted(), tuned)
+        fused = self.options is None or bool(self.options.fuses("gate_pre_norm"))
+        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted(), tuned, fused)
 
 
 def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = True) -> dict[str, object]:

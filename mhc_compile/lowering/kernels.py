@@ -50,7 +50,7 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
-        from . import activate_pre_norm, post_project  # noqa: F401  # isort: skip
+        from . import activate_pre_norm, gate_pre_norm, post_project  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, site_boundary  # noqa: F401  # isort: skip
 
 
@@ -144,3 +144,11 @@ def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]
         from .addends import take_addends
 
         take_addends(graph, log)
+
+
+def fuse_planned(graph: fx.Graph, log: LoweringLog) -> None:
+    """Fusions of what the scheduler has taken apart and left on the main stream."""
+    if any(str(node.target) == "mhc_kernel.activate_pre.default" for node in graph.nodes):
+        from . import gate_pre_norm
+
+        gate_pre_norm.merge(graph, log)

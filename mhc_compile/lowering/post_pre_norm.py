@@ -60,7 +60,21 @@ def post_pre_norm_kernel(
         us = us + (u,)
         total += u if LAYER else u * u
     write_normed(
-        us, (), total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT,
+        us,
+        (),
+        total,
+        weight_ptr,
+        bias_ptr,
+        out_ptr,
+        statistics_ptr,
+        token,
+        C,
+        BC,
+        LAYER,
+        EPS,
+        OFFSET,
+        ROUND,
+        WEIGHT,
         BIAS,
     )
 

@@ -52,7 +52,13 @@ def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl
 
 @triton.jit
 def pre_dots_kernel(
-    grad_ptr, x_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, LANES: tl.constexpr,
+    grad_ptr,
+    x_ptr,
+    out_ptr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    LANES: tl.constexpr,
     INNER: tl.constexpr,
 ) -> None:
     """Program: one token, dh_pre_i = <du, X_i>."""

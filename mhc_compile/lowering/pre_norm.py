@@ -103,16 +103,14 @@ def write_normed(
 
 
 @triton.jit
-def pre_norm_kernel(
-    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, C: tl.constexpr, N: tl.constexpr,
+def mix_and_norm(
+    p, x_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, token, C: tl.constexpr, N: tl.constexpr,
     BC: tl.constexpr, KEEP: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
     ROUND: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: one token."""
+    """The row of a token mixed with the gates `p`, and its norm."""
     MASKED: tl.constexpr = C % BC != 0
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
-    token = tl.program_id(0).to(tl.int64)
-    p = load_scalars(pre_ptr + token * N, N)
     lanes = tl.arange(0, BC)
     us = ()
     total = tl.zeros((BC,), dtype=tl.float32)
@@ -127,7 +125,22 @@ def pre_norm_kernel(
     write_normed(
         us, (), total, weight_ptr, bias_ptr, out_ptr, statistics_ptr, token, C, BC, LAYER, EPS, OFFSET, ROUND, WEIGHT,
         BIAS,
-    )
+    )  # fmt: skip
+
+
+@triton.jit
+def pre_norm_kernel(
+    x_ptr, pre_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, C: tl.constexpr, N: tl.constexpr,
+    BC: tl.constexpr, KEEP: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
+    ROUND: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: one token."""
+    token = tl.program_id(0).to(tl.int64)
+    p = load_scalars(pre_ptr + token * N, N)
+    mix_and_norm(
+        p, x_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, token, C, N, BC, KEEP, LAYER, EPS, OFFSET,
+        ROUND, WEIGHT, BIAS,
+    )  # fmt: skip
 
 
 @triton.jit

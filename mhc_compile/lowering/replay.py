@@ -97,9 +97,7 @@ def forward(
 
 
 @forward.register_fake
-def _(
-    streams: Tensor, ys: list[Tensor], posts: list[Tensor], mixes: list[Tensor], transpose: bool
-) -> list[Tensor]:
+def _(streams: Tensor, ys: list[Tensor], posts: list[Tensor], mixes: list[Tensor], transpose: bool) -> list[Tensor]:
     return [streams.new_empty(streams.shape) for _ in ys]
 
 

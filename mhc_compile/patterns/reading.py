@@ -19,9 +19,7 @@ from torch import fx
 
 from mhc_compile.patterns.memo import remembered
 
-UNARY = frozenset(
-    "exp log sigmoid abs rsqrt sqrt square reciprocal neg relu tanh silu softplus detach".split()
-)
+UNARY = frozenset("exp log sigmoid abs rsqrt sqrt square reciprocal neg relu tanh silu softplus detach".split())
 REDUCTIONS = frozenset(["sum", "mean", "amax", "logsumexp", "norm"])
 SHAPELESS = (
     frozenset(("same", "cast", "softmax", "log_softmax", "normalize", "clamp_min", "rms_norm", "sinkhorn")) | UNARY

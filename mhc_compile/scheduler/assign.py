@@ -30,7 +30,7 @@ from .dag import Dag, Task
 
 LEAST_GAIN = 0.002
 """Of the graph's seconds: a plan that promises less is noise, and one stream is taken."""
-MAIN_KINDS = ("matmul", "attention", "memory", "communication")
+MAIN_KINDS = ("matmul", "attention", "attention_backward", "memory", "communication")
 EXACT = 8
 """Up to so many moves all subsets are compared."""
 ROOM = 2.0

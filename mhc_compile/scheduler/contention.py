@@ -1,8 +1,9 @@
 """What a device does with two kernels at once: measured pairs, kept on disk, asked by the assignment.
 
-A pair is a kind of task on the main stream (``matmul``, ``attention``, ``memory``, ``communication``) beside a kind on
-the side stream (the name of an op). With the main task alone M, the side task alone S, and both at once B (from the
-fork to the join, the cost of both events included), what counts is the part of S that vanished:
+A pair is a kind of task on the main stream (``matmul``, ``attention``, ``attention_backward``, ``memory``,
+``communication``) beside a kind on the side stream (the name of an op). With the main task alone M, the side task alone
+S, and both at once B (from the fork to the join, the cost of both events included), what counts is the part of S that
+vanished:
 
     hidden = (M + S - B) / S          1: the side task was free,  0: no gain,  negative: two streams lose time
 
@@ -187,8 +188,27 @@ def main_cases(tokens: int, width: int) -> list[Case]:
     return [
         Case("matmul", lambda: torch.mm(x, weight, out=out), 2 * (x.numel() + weight.numel() + out.numel())),
         Case("attention", lambda: attend(heads, heads, heads, is_causal=True), 8 * heads.numel()),
+        Case("attention_backward", _attention_backward(heads), 16 * heads.numel()),
         Case("memory", lambda: torch.mul(wide, 1.5, out=copy), 4 * wide.numel()),
     ]
+
+
+def _attention_backward(heads: torch.Tensor) -> Callable[[], object]:
+    """The backward of causal attention by the kernels that torch chooses. Several: they fill and convert memory before
+    and behind the one that computes, and a side task beside these costs more than beside a forward."""
+    q, k, v = (heads.detach().clone().requires_grad_() for _ in range(3))
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def call() -> object:
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream not in made:  # autograd runs a backward on the stream that its forward was on
+            with torch.enable_grad():
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            made[stream] = (out, torch.ones_like(out))
+        out, grad = made[stream]
+        return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+    return call
 
 
 def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, rounds: int = ROUNDS) -> list[Pair]:
@@ -237,7 +257,7 @@ def calibrate(
         for priority in priorities:
             pairs += measure(cases, mains, priority, rounds)
         # Bytes say little of attention, whose blocks are few: its time is measured too.
-        more = [*others(tokens, width), *(case for case in mains if case.kind == "attention")]
+        more = [*others(tokens, width), *(case for case in mains if case.kind.startswith("attention"))]
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             alone += [Alone(case.kind, case.bytes, time_alone(case, stream, rounds)) for case in more]
@@ -328,9 +348,7 @@ def _pair(
     return Pair(*kinds, priority, once, cost, hidden, low, high, max(1.0, latency / alone))
 
 
-def _room(
-    main_case: Case, side_case: Case, once: float, alone: float, main: Any, side: Any
-) -> tuple[float, int]:
+def _room(main_case: Case, side_case: Case, once: float, alone: float, main: Any, side: Any) -> tuple[float, int]:
     """(seconds from a fork to the end of the side task, main tasks enough for it to end within them). Without that room
     what is measured is a main stream that waits."""
     beside = max(1, math.ceil(3 * alone / once))

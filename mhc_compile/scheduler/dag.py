@@ -35,8 +35,8 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def kind_of(node: fx.Node) -> str:
-    """``matmul``, ``attention``, ``wait`` (for a collective), ``communication``, ``memory`` (fused element-wise work),
-    or the name of a custom op such as ``library.op``."""
+    """``matmul``, ``attention``, ``attention_backward``, ``wait`` (for a collective), ``communication``, ``memory``
+    (fused element-wise work), or the name of a custom op such as ``library.op``."""
     if not is_opaque(node):
         return "memory"
     target = node.target
@@ -47,7 +47,7 @@ def kind_of(node: fx.Node) -> str:
     if target.namespace != "aten":
         return f"{target.namespace}.{name}"
     if "attention" in name:
-        return "attention"
+        return "attention_backward" if "backward" in name else "attention"
     return f"aten.{name}.{target._overloadname}" if target._overloadname == "dtype" else "matmul"
 
 

@@ -23,7 +23,7 @@ from mhc_compile import cost
 from mhc_compile.compat import chain_graph_passes
 
 from . import contention as contention_of
-from .assign import LEAST_GAIN, Move, Plan, assign, play, unmade
+from .assign import LEAST_GAIN, MAIN_KINDS, Move, Plan, assign, play, unmade
 from .contention import Contention
 from .dag import Dag, Task, base_of, from_graph, is_opaque
 from .emit import FORK, encode, gate_argument, move
@@ -94,13 +94,14 @@ class SchedulePass(CustomGraphPass):
     ) -> None:
         self.log, self.split, self.key, self.captured = log, split, key, captured
         self.forced = _forced.get()
-        self.high = main_has_priority()
+        self.high = torch.cuda.is_available() and bool(torch.cuda.current_stream().priority < 0)
         self.contention, self.reason = available()
 
     @property
     def priority(self) -> bool:
-        """The main stream will run with the higher priority: inductor captures its CUDA graphs on a stream without."""
-        return self.high and not _cuda_graphs()
+        """The main stream will have the higher priority: by ``main_stream``, or, in a CUDA graph of the user's, if the
+        stream that compiles has it. Inductor captures on a stream of its own without one."""
+        return torch.cuda.is_available() and not _cuda_graphs() and (self.high or not self.captured)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Plan `graph`; edit it if there is a gain."""
@@ -125,11 +126,6 @@ class SchedulePass(CustomGraphPass):
         known = self.contention.fingerprint if self.contention is not None else self.reason
         forced = self.forced and self.forced[1]
         return ("mhc_compile.scheduler", self.key, known, self.priority, self.captured, forced)
-
-
-def main_has_priority() -> bool:
-    """True if the stream that compiles, and so runs by the user's own ``torch.cuda.stream``, has a high priority."""
-    return torch.cuda.is_available() and bool(torch.cuda.current_stream().priority < 0)
 
 
 def _cuda_graphs() -> bool:
@@ -237,7 +233,7 @@ def _main(plan: Plan) -> list[str]:
 def movable(task: Task) -> bool:
     """One opaque call that a fork can hold, and whose bits do not depend on how inductor would have compiled it."""
     node = task.nodes[0] if len(task.nodes) == 1 else None
-    if node is None or not is_opaque(node) or task.kind in ("wait", "communication", "attention", "matmul"):
+    if node is None or not is_opaque(node) or task.kind in {*MAIN_KINDS, "wait"}:
         return False
     if task.kind.startswith("aten.") and _autotuned():
         return False

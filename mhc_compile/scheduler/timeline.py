@@ -11,7 +11,7 @@ from .assign import Interval, Plan
 
 WIDTH = 72
 STREAMS = ("main", "side", "communication")
-_LETTER = {"matmul": "M", "attention": "A", "memory": "m", "communication": "C"}
+_LETTER = {"matmul": "M", "attention": "A", "attention_backward": "A", "memory": "m", "communication": "C"}
 
 
 def summary(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from mhc_compile.lowering import (
     boundary,
     coefficients,
     coefficients_backward,
+    gate_pre_norm,
     logits_backward_parts,
     post,
     post_pre_norm,
@@ -27,7 +28,7 @@ from mhc_compile.lowering.launch import KERNEL_OPS
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.operands import DEVICE, N, operands
 
-MODULES = (activate_pre, activate_pre_norm, post, post_pre_norm, post_project, pre, replay, sinkhorn)
+MODULES = (activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project, pre, replay, sinkhorn)
 """Imported for the ops that they register."""
 NAMES = sorted(str(op).removeprefix("mhc_kernel.").removesuffix(".default") for op in KERNEL_OPS)
 """Every kernel's op."""
@@ -79,6 +80,7 @@ def calls(
             (few, bias, *alphas, x, given, *branch, store, store, *flat)
             for given, store in ((None, True), (None, False), (p, False))
         ],
+        "gate_pre_norm": [(x, *branch, keep, partial, bias, alphas[0], total, *flat) for keep in (False, True)],
         "post_project": [(x, y, *hidden, False, phi, padded)],
         "logits_backward": [(p, *hidden, *shared)],
         "logits_backward_early": [(*hidden, *shared)],

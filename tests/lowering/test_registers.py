@@ -23,6 +23,7 @@ REGISTERS = {
     "activate": (48,),
     "activate_pre": (32,),
     "activate_pre_norm": (64, 64, 48),
+    "gate_pre_norm": (64, 64),
     "post_project": (80,),
     "logits_backward": (248, 255),
     "logits_backward_early": (248,),

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhc_compile.scheduler.assign import LOOKAHEAD, Move, assign, grown_subset, place, play
+from mhc_compile.scheduler.assign import LOOKAHEAD, MAIN_KINDS, Move, assign, grown_subset, place, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.dag import Dag, Task
 
 
 def table(hidden: float, stretch: float = 1.0, *mains: str) -> Contention:
     """Every main kind beside the kind ``s`` of 100 bytes."""
-    kinds = mains or ("matmul", "attention", "memory", "communication")
+    kinds = mains or MAIN_KINDS
     return Contention(
         "test", tuple(Pair(main, "s", 100, False, 1.0, 1.0, hidden, hidden, hidden, stretch) for main in kinds)
     )

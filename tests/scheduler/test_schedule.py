@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile.scheduler import contention as contention_of
 from mhc_compile.scheduler import emit, schedule
-from mhc_compile.scheduler.assign import Plan, play
+from mhc_compile.scheduler.assign import MAIN_KINDS, Plan, play
 from mhc_compile.scheduler.contention import Contention, Pair
 from mhc_compile.scheduler.emit import FORK
 from mhc_compile.scheduler.host import Host
@@ -27,9 +27,9 @@ from tests.scheduler.graphs import SIDE, Step, compiled, greedy_buffers, side
 def table(hidden: float = 1.0, kind: str = "mhc_test.side", seconds: float = 5e-6) -> Contention:
     """Everything beside `kind`, of every size."""
     sizes = [10 * 4**power for power in range(10)]
-    mains = ("matmul", "attention", "memory", "communication")
     shares = (hidden, hidden, hidden)
-    pairs = tuple(Pair(m, kind, s, False, 1e-5, seconds, *shares, 1.0) for m in mains for s in sizes)
+    ranks = (False, True)  # a main stream is raised where there is a CUDA device
+    pairs = tuple(Pair(m, kind, s, r, 1e-5, seconds, *shares, 1.0) for m in MAIN_KINDS for s in sizes for r in ranks)
     return Contention("test", pairs, host=Host(0.0, 0.0))
 
 
