@@ -120,8 +120,8 @@ class _Whole:
             call.graph.erase_node(call)
 
 
-Case = tuple[str, Callable[[], object], int]
-"""Kind as ``scheduler.dag.kind_of`` names it, a call, bytes read and written."""
+Case = tuple[str, Callable[[], object], int] | tuple[str, Callable[[], object], int, Callable[[], object]]
+"""Kind as ``scheduler.dag.kind_of`` names it, a call, bytes read and written; the call whose place it takes."""
 
 
 def side_cases(tokens: int, width: int, n: int = 4) -> list[Case]:
@@ -141,7 +141,8 @@ def main_parts(tokens: int, width: int, n: int = 4) -> list[Case]:
 def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
     from mhc_compile.ops.spec import CoefficientSpec
 
-    from . import activate_pre, coefficients, logits_backward_parts, post, post_pre_norm, pre, replay, site_boundary
+    from . import coefficients, gate_pre_norm, logits_backward_parts, post, post_pre_norm, pre, pre_norm, replay
+    from . import site_boundary  # isort: skip
 
     spec = CoefficientSpec(streams=n)
     flat = list(spec.op_arguments().values())
@@ -166,6 +167,7 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
     shared = (outs[3], bias, *alphas, n * width, False, *flat)
     back = logits_backward_parts.early(q, h, *shared)
     rest = (p, *back, outs[3], bias, alphas[0], n * width, False, *flat)
+    norm = (None, None, "rms", 1e-6, 0.0, True, False)
     dm, rows = logits_backward_parts.rest(*rest)[0], x.view(tokens, n * width)
 
     def size(*tensors: torch.Tensor) -> int:
@@ -197,15 +199,16 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
         ),
         (
             "mhc_kernel.post_pre_norm",  # likewise, a site with its branch input
-            lambda: post_pre_norm.forward(x, y, q, h, False, p, None, None, "rms", 1e-6, 0.0, True, False),
+            lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm),
             size(x, y, q, h, p, x, y),
         ),
     ]
     mains: list[Case] = [
         (
-            "mhc_kernel.activate_pre",
-            lambda: activate_pre.activate_pre(partial, bias, alphas[0], n * width, *flat),
+            "mhc_kernel.activate_pre",  # which a norm does for itself
+            lambda: gate_pre_norm.forward(x, *norm, partial, bias, alphas[0], n * width, *flat),
             size(partial, bias, alphas[0], p),
+            lambda: pre_norm.forward(x, p, *norm),
         ),
         (
             "mhc_kernel.logits_backward_rest",

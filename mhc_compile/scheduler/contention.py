@@ -16,6 +16,7 @@ Nothing is assumed about a pair that was not measured, and nothing about a devic
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -83,6 +84,12 @@ class Case:
     kind: str
     call: Callable[[], object]
     bytes: int
+    instead_of: Callable[[], object] | None = None
+    """A call that it takes the place of: what counts is how much longer it takes."""
+
+
+LEAST_SECONDS = 1e-7
+"""Of a call that takes the place of another one: less is noise."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ def calibrate(
         more = [*others(tokens, width), *(case for case in mains if case.kind.startswith("attention"))]
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            alone += [Alone(case.kind, case.bytes, time_alone(case, stream, rounds)) for case in more]
+            alone += [Alone(case.kind, case.bytes, time_more(case, stream, rounds)) for case in more]
     calls = [case.call for case in sides(*sizes[0])]
     found = Contention(torch.cuda.get_device_name(), tuple(pairs), tuple(alone), host_of.measure(calls))
     save(found)
@@ -321,6 +328,15 @@ def compared(works: Sequence[Callable[[], None]], stream: Any, rounds: int = ROU
 def time_alone(case: Case, stream: Any, rounds: int = ROUNDS) -> float:
     """Median seconds of a call behind another of its kind. `stream` is the current one."""
     return statistics.median(one for (one,) in compared([lambda: _row(UNITS, case.call)], stream, rounds)) / UNITS
+
+
+def time_more(case: Case, stream: Any, rounds: int = ROUNDS) -> float:
+    """Median seconds that a call takes, more than the one whose place it takes. `stream` is the current one."""
+    if case.instead_of is None:
+        return time_alone(case, stream, rounds)
+    calls = (case.call, case.instead_of)
+    turns = compared([functools.partial(_row, UNITS, call) for call in calls], stream, rounds)
+    return max(LEAST_SECONDS, statistics.median(one - other for one, other in turns) / UNITS)
 
 
 def _pair(

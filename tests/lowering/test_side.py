@@ -6,6 +6,7 @@ import operator
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -83,13 +84,14 @@ def test_the_backward_is_left_alone() -> None:
 
 @pytest.mark.gpu
 def test_every_case_of_the_calibration_runs() -> None:
-    from mhc_compile.lowering.side import side_cases
+    from mhc_compile.lowering.side import main_parts, side_cases
 
-    for kind, call, size in side_cases(64, 256):
-        result = call()
+    for kind, call, size, *instead in [*side_cases(64, 256), *main_parts(64, 256)]:
         assert size > 0, kind
-        first = result if isinstance(result, Tensor) else result[0]  # type: ignore[index]  # a tuple of tensors
-        assert bool(torch.isfinite(first.float()).all()), kind
+        for one in (call, *instead):
+            result: Any = one()
+            first = result if isinstance(result, Tensor) else result[0]
+            assert bool(torch.isfinite(first.float()).all()), kind
 
 
 REGISTER = """

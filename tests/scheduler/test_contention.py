@@ -120,6 +120,11 @@ def test_measured_on_a_device() -> None:
     found = contention.measure([tiny], contention.main_cases(512, 256), priority=True, rounds=7)
     assert {one.main for one in found} == {"matmul", "attention", "attention_backward", "memory"}
     assert all(one.side_seconds > 0 and one.stretch >= 1 and one.hidden < 3 for one in found)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        alone = contention.time_more(tiny, stream, 7)
+        twice = contention.Case("twice", lambda: (tiny.call(), tiny.call()), 1, tiny.call)
+        assert 0.3 * alone < contention.time_more(twice, stream, 7) < 3 * alone
 
 
 def test_the_table_as_text() -> None:
