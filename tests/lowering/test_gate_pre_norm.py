@@ -100,3 +100,25 @@ def test_a_gate_that_is_wanted_elsewhere_first_stays(how: dict[str, int]) -> Non
     before = str(graph)
     assert gate_pre_norm.merge(graph, LoweringLog()) == 0
     assert str(graph) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [1024, 2560, 4096, 1000])
+@pytest.mark.parametrize("tokens", [96, 1024])
+def test_the_bits_of_the_two_calls_on_a_device(tokens: int, width: int) -> None:
+    from mhc_compile.lowering import activate_pre, coefficients, gate_pre_norm, pre_norm
+
+    spec = CoefficientSpec()
+    flat = tuple(spec.op_arguments().values())
+    padded = coefficients.padded_rows(spec)
+    splits = coefficients.project_splits(tokens, padded, 4 * width, 2)
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        partial, bias, alpha = torch.randn(splits, tokens, padded).abs(), torch.randn(spec.rows), torch.randn(1)
+        x, weight = torch.randn(1, tokens, 4, width).to(torch.bfloat16), torch.randn(width).to(torch.bfloat16)
+    own = (weight, None, "rms", 1e-6, 0.0, True)
+    gate = activate_pre.activate_pre(partial, bias, alpha, 4 * width, *flat)
+    want = (*pre_norm.forward(x, gate.view(1, tokens, 4), *own, True), gate)
+    got = gate_pre_norm.forward(x, *own, True, partial, bias, alpha, 4 * width, *flat)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
