@@ -51,7 +51,7 @@ def register_kernels(device: torch.device | None) -> None:
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
         from . import activate_pre_norm, post_project  # noqa: F401  # isort: skip
-        from . import post_pre_norm, pre_norm, replay, site_boundary  # noqa: F401  # isort: skip
+        from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
 
 def refusal(name: str, named: dict[str, Any]) -> str:
@@ -144,3 +144,7 @@ def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]
         from .addends import take_addends
 
         take_addends(graph, log)
+    if fuses("replay") and any(str(node.target).startswith("mhc_kernel.replay_normed") for node in graph.nodes):
+        from . import replay_runs
+
+        replay_runs.drop_unread(graph)
