@@ -79,6 +79,16 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     return coefficients.refusal(values, values["x"], values["phi"], backward)
 
 
+def sites_a_replay(streams: torch.Tensor) -> int:
+    """How many sites of such a state [..., n, C] one call replays with their branch inputs: 1 where each has its
+    own."""
+    if platform_refusal(streams.device):
+        return 1
+    from . import replay_normed
+
+    return 1 if replay_normed.refusal(streams) else replay_normed.MOST
+
+
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
     """Replace `node` by calls of its kernels and the few tensor operations around them."""
     from . import boundary, coefficients, post, pre, pre_norm, sinkhorn

@@ -32,6 +32,7 @@ from .launch import (
     load_streams,
     nonempty,
     site_row,
+    state_refusal,
     store_row,
 )
 from .pre_norm import columns, config, mixed, write_normed
@@ -214,24 +215,27 @@ def replay_normed_kernel(
             )  # fmt: skip
 
 
-def registers(streams: int, width: int, itemsize: int) -> int:
+def registers(streams: int, width: int, dtype: torch.dtype) -> int:
     """About how many registers a thread takes: the row, u, the branch output and the coefficients of the next site,
-    and what one block of channels passes through."""
+    and what one block of channels passes through. In float16 the compiler keeps more for itself."""
     setting = config(width)
     numbers = -(-width // setting["BC"]) * setting["BC"] // (32 * setting["num_warps"])
-    row = (streams + 1) * numbers * itemsize // 4
-    return row + numbers + streams * (streams + 2) + 6 * streams
+    row = (streams + 1) * numbers * dtype.itemsize // 4
+    return row + numbers * (2 if dtype == torch.float16 else 1) + streams * (streams + 2) + 6 * streams
 
 
 def refusal(streams: Tensor) -> str:
     """Why a call takes no more than one site of this state [..., n, C]; empty if it takes `MOST`.
 
-    Two programs have to share a multiprocessor: one alone would wait for memory while it sums and for the sums while
-    memory is idle.
+    At least two programs have to share a multiprocessor, three of up to four warps: one alone would leave the memory
+    idle while it sums.
     """
+    reason = state_refusal(streams)
+    if reason:
+        return reason
     *_, n, width = streams.shape
-    needed = registers(n, width, streams.element_size())
-    if needed > min(128, 65536 // (2 * 32 * config(width)["num_warps"])):
+    warps = config(width)["num_warps"]
+    if warps > 8 or registers(n, width, streams.dtype) > min(168, 65536 // (2 * 32 * warps)):
         return f"{n} streams of {width} channels in {streams.dtype}: no room for a whole row in the registers"
     return ""
 

@@ -11,7 +11,8 @@ block that starts at a runs backward, this is live (`evaluate`, the definition t
 
 Behind the branch, when u_l is gone, it is ``border_l`` in place of live_l + u_l; and between forward and backward
 ``head`` + everything kept. The peak is the largest of these; the time is the sum over what is replayed, each state and
-input once.
+input once. A call replays up to ``Chain.run`` states of a block one after another: those behind its first cost less,
+the state before them is in its registers (`Site.run_seconds`).
 
 The start is the closed form for equal sites, L_r = sqrt(L kept / replayed), the paper's sqrt(n L / (n + 2)) for states
 of n C and n + 2 units of C a site in the block (`closed_form`). From there dynamic programming over the sites, with the
@@ -55,6 +56,8 @@ class Site:
     """Bytes live behind the branch, when its input is gone: the gradients of two states are."""
     early: bool = False
     """True where a replayed branch input is made together with its replayed state."""
+    run_seconds: float | None = None
+    """Time to replay X_l in the call that has replayed X_{l-1}; None where there is no such call."""
 
     @property
     def cost(self) -> int:
@@ -74,6 +77,14 @@ class Chain:
     sites: tuple[Site, ...]
     head: int = 0
     """Bytes live between forward and backward, whatever the plan."""
+    run: int = 1
+    """States of a block that one call replays."""
+
+    def state_seconds(self, index: int, boundary: int) -> float:
+        """Time to replay X_index in the block that starts at `boundary`."""
+        site = self.sites[index]
+        first = (index - boundary - 1) % self.run == 0
+        return site.state_seconds if first or site.run_seconds is None else site.run_seconds
 
 
 @dataclass(frozen=True)
@@ -94,16 +105,16 @@ def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> P
     """Peak, kept bytes and seconds of a plan; the first site and the pinned ones are kept anyway."""
     pinned = {index for index, site in enumerate(chain.sites) if site.pinned}
     boundaries, whole = {0} | pinned | set(kept), set(inputs)
-    total, block, peak, seconds = 0, 0, 0, 0.0
+    total, block, peak, seconds, start = 0, 0, 0, 0.0, 0
     held = 0  # early inputs of this block that are kept: part of `block` until it ends
     for index, site in enumerate(chain.sites):
         early = site.early and index not in boundaries
         if index in boundaries:
-            total, block, held = total + held + site.cost, site.rebuilt, 0
+            total, block, held, start = total + held + site.cost, site.rebuilt, 0, index
             seconds += site.state_seconds if site.source is not None else 0.0
         else:
             block += site.state + (site.branch_input if early else 0)
-            seconds += site.state_seconds
+            seconds += chain.state_seconds(index, start)
         own = site.branch_input if early else 0
         peak = max(peak, site.live + total + block + site.branch_input - own, site.border + total + block - own)
         if index not in whole:
@@ -237,7 +248,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
                 choices += [point for point in more if point[0] <= kept]
             after[boundary] = _Block(block.live, prune(choices, cap), block.savings)
         last = index + 1 == len(chain.sites)
-        blocks = after if last else _step(after, chain.sites[index + 1], index + 1, prune, cap)
+        blocks = after if last else _step(after, chain, index + 1, prune, cap)
         if not blocks:
             return []
     limit = min(peak - chain.head, kept)
@@ -247,7 +258,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
 
 def _step(
     blocks: dict[int, _Block],
-    site: Site,
+    chain: Chain,
     index: int,
     prune: Callable[[list[_Point], int], list[_Point]],
     cap: int,
@@ -255,10 +266,12 @@ def _step(
     """From one site to the next: its state is kept (a new boundary) or replayed (the block goes on)."""
     after: dict[int, _Block] = {}
     keep: list[_Point] = []
+    site = chain.sites[index]
     rebuild = site.state_seconds if site.source is not None else 0.0
     for boundary, block in blocks.items():
         if not site.pinned:
-            longer: list[_Point] = [(k, t + site.state_seconds, trail) for k, t, trail in block.points]
+            again = chain.state_seconds(index, boundary)
+            longer: list[_Point] = [(k, t + again, trail) for k, t, trail in block.points]
             more = site.state + (site.branch_input if site.early else 0)
             after[boundary] = _Block(block.live + more, longer, block.savings)
         keep += [(k + site.cost, t + rebuild, (trail, (index,), "state")) for k, t, trail in _ended(block)]

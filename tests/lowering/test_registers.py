@@ -29,6 +29,7 @@ REGISTERS = {
     "logits_backward_rest": (40,),
     "streams_backward": (255,),
     "replay": (88,),
+    "replay_normed": (128, 128),
     "sinkhorn": (24,),
     "sinkhorn_backward": (232,),
     "site_boundary": (232, 255),
@@ -41,6 +42,7 @@ NARROW = {
     "pre_norm": (48, 48),
     "pre_norm_dots": (168, 80),
     "post_pre_norm": (56, 56),
+    "replay_normed": (128, 128),
     "streams_backward": (255,),
     "site_boundary": (240, 248),
 }
