@@ -56,6 +56,8 @@ class Site:
     """Bytes live behind the branch, when its input is gone: the gradients of two states are."""
     early: bool = False
     """True where a replayed branch input is made together with its replayed state."""
+    early_seconds: float | None = None
+    """What an early input adds to the time of its state; None: `input_seconds`, as behind a kept state."""
     run_seconds: float | None = None
     """Time to replay X_l in the call that has replayed X_{l-1}; None where there is no such call."""
 
@@ -68,6 +70,10 @@ class Site:
     def rebuilt(self) -> int:
         """Bytes of X_l next to its smaller source, 0 where X_l itself is kept."""
         return 0 if self.source is None else self.state
+
+    def replay_input(self, early: bool) -> float:
+        """Time to replay the branch input; `early`: together with its replayed state."""
+        return self.early_seconds if early and self.early_seconds is not None else self.input_seconds
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> P
         own = site.branch_input if early else 0
         peak = max(peak, site.live + total + block + site.branch_input - own, site.border + total + block - own)
         if index not in whole:
-            seconds += site.input_seconds
+            seconds += site.replay_input(early)
         elif early:
             held += site.branch_input
         else:
@@ -240,7 +246,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
             alive = [point for point in block.points if point[0] <= min(peak - most, kept)]
             if not alive:
                 continue
-            choices: list[_Point] = [(k, t + site.input_seconds, trail) for k, t, trail in alive]
+            choices: list[_Point] = [(k, t + site.replay_input(early), trail) for k, t, trail in alive]
             if not replay_inputs and early:
                 block.savings = _with_saving(block.savings, site, index, max(cap // 8, 8))
             elif not replay_inputs:
@@ -281,7 +287,8 @@ def _step(
 
 def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> list[_Saving]:
     """The savings of a block when the early input of one more site may be kept."""
-    more = [(size + site.branch_input, less - site.input_seconds, (*which, index)) for size, less, which in savings]
+    saved = site.replay_input(early=True)
+    more = [(size + site.branch_input, less - saved, (*which, index)) for size, less, which in savings]
     return _undominated([*savings, *more], cap)
 
 

@@ -219,11 +219,9 @@ def _describe(
         first = index == 0 and not state.is_expanded
         early = _is_early(state)
         made = cost.work(state.producer).seconds(device) if not first else 0.0
-        if early:
-            inputs = sum(Work(0, bytes_of(pre)).seconds(device) - device.latency for pre in state.pres)
-        else:
-            inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
+        inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
         inputs += sum(_norm_work(norm).seconds(device) for norm in norms[index])
+        written = sum(Work(0, bytes_of(pre)).seconds(device) - device.latency for pre in state.pres)
         sites.append(
             Site(
                 state=bytes_of(state.producer),
@@ -235,6 +233,7 @@ def _describe(
                 pinned=first or state.shared,
                 border=live.borders[index],
                 early=early,
+                early_seconds=written if early else None,
                 run_seconds=_run_seconds(state, device) if run > 1 and early and index and sites[-1].early else None,
             )
         )
@@ -329,7 +328,7 @@ def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan |
     """As many states as fit, spread for the least peak; the branch inputs, which are not states, are all replayed."""
     if keep_all(chain).kept_bytes <= allowed:
         return None
-    sites = tuple(dataclasses.replace(site, input_seconds=0.0) for site in chain.sites)
+    sites = tuple(dataclasses.replace(site, input_seconds=0.0, early_seconds=None) for site in chain.sites)
     states = dataclasses.replace(chain, sites=sites)
     found = fastest_within(states, allowed)
     plan = evaluate(chain, found.kept if found is not None else ())

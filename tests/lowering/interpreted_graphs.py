@@ -183,7 +183,7 @@ def trained(variant: str, recompute: str | int, fuse: bool | tuple[str, ...]) ->
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = tiny(layers=3)
+    model = tiny(layers=2)
     wanted: list[Tensor] = list(model.parameters())
     output = torch.compile(model, backend=backend, fullgraph=True)(ids())
     gradients = torch.autograd.grad(output.float().square().mean(), wanted)

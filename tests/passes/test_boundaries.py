@@ -78,7 +78,7 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
         again = np.where(goes_on, site.run_seconds or site.state_seconds, site.state_seconds)
         seconds += np.where(kept, 0.0 if site.source is None else site.state_seconds, again)
         start = np.where(kept, index, start)
-        seconds += np.where(whole, 0.0, site.input_seconds)
+        seconds += np.where(whole, 0.0, np.where(early, site.replay_input(True), site.input_seconds))
         live = np.maximum(site.live + site.branch_input, site.border)
         peak = np.maximum(peak, live + total + block - own)
         held = held + np.where(whole & early, site.branch_input, 0)
@@ -98,6 +98,7 @@ def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> 
             border=draw(st.integers(0, 6000)),
             early=index > 0 and draw(st.booleans()),
             input_seconds=0.0 if free else site.input_seconds,
+            early_seconds=None if free else draw(st.one_of(st.none(), st.integers(1, 50).map(float))),
             run_seconds=draw(st.one_of(st.none(), st.integers(1, 50).map(float))),
         )
         for index, site in enumerate(chain.sites)
@@ -234,6 +235,7 @@ def test_uneven_sites_with_everything(seed: int) -> None:
                 pinned=rng.random() < 0.1,
                 border=rng.randrange(10**6),
                 early=index > 0 and rng.random() < 0.5,
+                early_seconds=rng.random() if inputs and rng.random() < 0.5 else None,
                 run_seconds=rng.random() if rng.random() < 0.5 else None,
             )
             for index in range(count)
@@ -257,6 +259,8 @@ def test_a_call_replays_several_states() -> None:
     assert evaluate(chain, (), range(12)).seconds == 3 * 9 + 8 * 5, "a kept input does not cut a call"
     assert evaluate(chain, (3,)).seconds == (9 + 5) + (2 * 9 + 6 * 5) + 12
     assert evaluate(dataclasses.replace(chain, run=1), ()).seconds == 11 * 9 + 12
+    early = [dataclasses.replace(site, early_seconds=0.5) for site in chain.sites]
+    assert evaluate(dataclasses.replace(chain, sites=tuple(early)), ()).seconds == 3 * 9 + 8 * 5 + 1 + 11 * 0.5
     alone = dataclasses.replace(chain.sites[2], run_seconds=None)
     mixed = dataclasses.replace(chain, sites=(*chain.sites[:2], alone, *chain.sites[3:]))
     assert evaluate(mixed, ()).seconds == 4 * 9 + 7 * 5 + 12
