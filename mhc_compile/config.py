@@ -173,7 +173,7 @@ FUSIONS = {
     "site_boundary": "that sum with the dot products of the post before it",
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
     "few_tokens": "two launches a site for up to 64 tokens",
-    "replay": "several sites of a recompute plan in one call",
+    "replay": "several sites of a recompute plan in one call, with what their branches read",
     "addends": "a sum of gradients into the kernel that reads it",
 }
 """What the option `fuse` may name, in the order of the passes."""

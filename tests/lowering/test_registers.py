@@ -112,11 +112,11 @@ def test_spills(name: str, n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in REGISTERS if name != "site_boundary"])
+@pytest.mark.parametrize("name", [name for name in REGISTERS if name not in ("site_boundary", "replay_normed")])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
 def test_spills_of_every_kernel(name: str, n: int, dtype: torch.dtype) -> None:
-    """`site_boundary` takes four streams in 16 bits alone."""
+    """`site_boundary` takes four streams in 16 bits alone; `replay_normed` what fits (test_replay_normed.py)."""
     test_spills(name, n, dtype)
 
 
