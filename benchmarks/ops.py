@@ -40,6 +40,7 @@ from mhc_compile.lowering import (
     pre,
     pre_norm,
     replay,
+    replay_normed,
     sinkhorn,
     site_boundary,
 )
@@ -161,6 +162,12 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
     boundary_of = (g, h, du, p, dm, dealt, multiple, x, y, q, h, False)
     four = ([bf16(tokens, width) for _ in range(4)], [fp32(tokens, n) for _ in range(4)],
             [fp32(tokens, n, n) for _ in range(4)])  # fmt: skip
+    gates, scales = [fp32(tokens, n) for _ in range(4)], [bf16(width) for _ in range(4)]
+
+    def normed(count: int) -> list[torch.Tensor]:
+        given, yes = [values[:count] for values in (*four, gates, scales)], [True] * count
+        return replay_normed.forward(x, *given[:3], False, yes, yes, *given[3:], [], *norm[2:])
+
     rows: dict[str, tuple[Callable[[], object], float]] = {
         "post": (lambda: post.forward(x, y, q, h, False), 2 * n + 1),
         "pre": (lambda: pre.forward(x, p), n + 1),
@@ -199,6 +206,11 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "post_pre_norm, u kept": (lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm, True), 2 * n + 3),
         # Four sites of four branch outputs: one read of X, and a y and an X' each.
         "replay, four sites": (lambda: replay.forward(x, *four, False), n + 4 * (1 + n)),
+        # The same with a normed branch input each: a row written more.
+        **{
+            f"replay_normed, {word} sites": (functools.partial(normed, count), n + count * (2 + n))
+            for word, count in (("two", 2), ("three", 3), ("four", 4))
+        },
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),

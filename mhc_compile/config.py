@@ -174,7 +174,7 @@ FUSIONS = {
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
     "gate_pre_norm": "the gate into pre and norm, where Sinkhorn is on a side stream",
     "few_tokens": "two launches a site for up to 64 tokens",
-    "replay": "several sites of a recompute plan in one call",
+    "replay": "several sites of a recompute plan in one call, with what their branches read",
     "addends": "a sum of gradients into the kernel that reads it",
 }
 """What the option `fuse` may name, in the order of the passes."""

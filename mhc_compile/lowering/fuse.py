@@ -169,11 +169,15 @@ def run(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool] = lambda
             from . import few_tokens
 
             few_tokens.merge(graph, log, kernels.refusal)
+    # States of the forward that the backward graph rebuilds, with what the branches read of them.
+    if fuses("replay") and {"post", "pre_norm"} <= names and names & set(_STATE_ARGUMENT):
+        from . import replay_runs
+
+        replay_runs.merge(graph, log, kernels.refusal)
     if fuses("post_pre_norm") and {"post", "pre_norm"} <= names:
         from . import post_pre_norm
 
         post_pre_norm.merge(graph, log, kernels.refusal)
-    # A state of the forward that the backward graph rebuilds.
     if fuses("replay") and "post" in names and names & set(_STATE_ARGUMENT):
         from . import replay
 

@@ -51,7 +51,7 @@ def register_kernels(device: torch.device | None) -> None:
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
         from . import activate_pre_norm, gate_pre_norm, post_project  # noqa: F401  # isort: skip
-        from . import post_pre_norm, pre_norm, replay, site_boundary  # noqa: F401  # isort: skip
+        from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
 
 def refusal(name: str, named: dict[str, Any]) -> str:
@@ -77,6 +77,16 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     if stem == "pre_norm":
         return pre_norm.refusal(values["streams"], values["weight"], values["bias"])
     return coefficients.refusal(values, values["x"], values["phi"], backward)
+
+
+def sites_a_replay(streams: torch.Tensor) -> int:
+    """How many sites of such a state [..., n, C] one call replays with their branch inputs: 1 where each has its
+    own."""
+    if platform_refusal(streams.device):
+        return 1
+    from . import replay_normed
+
+    return 1 if replay_normed.refusal(streams) else replay_normed.MOST
 
 
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
@@ -144,6 +154,10 @@ def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]
         from .addends import take_addends
 
         take_addends(graph, log)
+    if fuses("replay") and any(str(node.target).startswith("mhc_kernel.replay_normed") for node in graph.nodes):
+        from . import replay_runs
+
+        replay_runs.drop_unread(graph)
 
 
 def fuse_planned(graph: fx.Graph, log: LoweringLog) -> None:

@@ -142,7 +142,7 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
     from mhc_compile.ops.spec import CoefficientSpec
 
     from . import coefficients, gate_pre_norm, logits_backward_parts, post, post_pre_norm, pre, pre_norm, replay
-    from . import site_boundary  # isort: skip
+    from . import replay_normed, site_boundary  # isort: skip
 
     spec = CoefficientSpec(streams=n)
     flat = list(spec.op_arguments().values())
@@ -201,6 +201,13 @@ def _cases(tokens: int, width: int, n: int) -> tuple[list[Case], list[Case]]:
             "mhc_kernel.post_pre_norm",  # likewise, a site with its branch input
             lambda: post_pre_norm.forward(x, y, q, h, False, p, *norm),
             size(x, y, q, h, p, x, y),
+        ),
+        (
+            "mhc_kernel.replay_normed",  # likewise, two sites with their branch inputs
+            lambda: replay_normed.forward(
+                x, [y, y], [q, q], [h, h], False, [True, True], [True, True], [p, p], [], [], "rms", 1e-6, 0.0, True
+            ),
+            size(x, *2 * (y, q, h, p, x, y)),
         ),
     ]
     mains: list[Case] = [

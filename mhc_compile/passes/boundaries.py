@@ -11,7 +11,8 @@ block that starts at a runs backward, this is live (`evaluate`, the definition t
 
 Behind the branch, when u_l is gone, it is ``border_l`` in place of live_l + u_l; and between forward and backward
 ``head`` + everything kept. The peak is the largest of these; the time is the sum over what is replayed, each state and
-input once.
+input once. A call replays up to ``Chain.run`` states of a block one after another: those behind its first cost less,
+the state before them is in its registers (`Site.run_seconds`).
 
 The start is the closed form for equal sites, L_r = sqrt(L kept / replayed), the paper's sqrt(n L / (n + 2)) for states
 of n C and n + 2 units of C a site in the block (`closed_form`). From there dynamic programming over the sites, with the
@@ -55,6 +56,10 @@ class Site:
     """Bytes live behind the branch, when its input is gone: the gradients of two states are."""
     early: bool = False
     """True where a replayed branch input is made together with its replayed state."""
+    early_seconds: float | None = None
+    """What an early input adds to the time of its state; None: `input_seconds`, as behind a kept state."""
+    run_seconds: float | None = None
+    """Time to replay X_l in the call that has replayed X_{l-1}; None where there is no such call."""
 
     @property
     def cost(self) -> int:
@@ -66,6 +71,10 @@ class Site:
         """Bytes of X_l next to its smaller source, 0 where X_l itself is kept."""
         return 0 if self.source is None else self.state
 
+    def replay_input(self, early: bool) -> float:
+        """Time to replay the branch input; `early`: together with its replayed state."""
+        return self.early_seconds if early and self.early_seconds is not None else self.input_seconds
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -74,6 +83,14 @@ class Chain:
     sites: tuple[Site, ...]
     head: int = 0
     """Bytes live between forward and backward, whatever the plan."""
+    run: int = 1
+    """States of a block that one call replays."""
+
+    def state_seconds(self, index: int, boundary: int) -> float:
+        """Time to replay X_index in the block that starts at `boundary`."""
+        site = self.sites[index]
+        first = (index - boundary - 1) % self.run == 0
+        return site.state_seconds if first or site.run_seconds is None else site.run_seconds
 
 
 @dataclass(frozen=True)
@@ -94,20 +111,20 @@ def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> P
     """Peak, kept bytes and seconds of a plan; the first site and the pinned ones are kept anyway."""
     pinned = {index for index, site in enumerate(chain.sites) if site.pinned}
     boundaries, whole = {0} | pinned | set(kept), set(inputs)
-    total, block, peak, seconds = 0, 0, 0, 0.0
+    total, block, peak, seconds, start = 0, 0, 0, 0.0, 0
     held = 0  # early inputs of this block that are kept: part of `block` until it ends
     for index, site in enumerate(chain.sites):
         early = site.early and index not in boundaries
         if index in boundaries:
-            total, block, held = total + held + site.cost, site.rebuilt, 0
+            total, block, held, start = total + held + site.cost, site.rebuilt, 0, index
             seconds += site.state_seconds if site.source is not None else 0.0
         else:
             block += site.state + (site.branch_input if early else 0)
-            seconds += site.state_seconds
+            seconds += chain.state_seconds(index, start)
         own = site.branch_input if early else 0
         peak = max(peak, site.live + total + block + site.branch_input - own, site.border + total + block - own)
         if index not in whole:
-            seconds += site.input_seconds
+            seconds += site.replay_input(early)
         elif early:
             held += site.branch_input
         else:
@@ -229,7 +246,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
             alive = [point for point in block.points if point[0] <= min(peak - most, kept)]
             if not alive:
                 continue
-            choices: list[_Point] = [(k, t + site.input_seconds, trail) for k, t, trail in alive]
+            choices: list[_Point] = [(k, t + site.replay_input(early), trail) for k, t, trail in alive]
             if not replay_inputs and early:
                 block.savings = _with_saving(block.savings, site, index, max(cap // 8, 8))
             elif not replay_inputs:
@@ -237,7 +254,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
                 choices += [point for point in more if point[0] <= kept]
             after[boundary] = _Block(block.live, prune(choices, cap), block.savings)
         last = index + 1 == len(chain.sites)
-        blocks = after if last else _step(after, chain.sites[index + 1], index + 1, prune, cap)
+        blocks = after if last else _step(after, chain, index + 1, prune, cap)
         if not blocks:
             return []
     limit = min(peak - chain.head, kept)
@@ -247,7 +264,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
 
 def _step(
     blocks: dict[int, _Block],
-    site: Site,
+    chain: Chain,
     index: int,
     prune: Callable[[list[_Point], int], list[_Point]],
     cap: int,
@@ -255,10 +272,12 @@ def _step(
     """From one site to the next: its state is kept (a new boundary) or replayed (the block goes on)."""
     after: dict[int, _Block] = {}
     keep: list[_Point] = []
+    site = chain.sites[index]
     rebuild = site.state_seconds if site.source is not None else 0.0
     for boundary, block in blocks.items():
         if not site.pinned:
-            longer: list[_Point] = [(k, t + site.state_seconds, trail) for k, t, trail in block.points]
+            again = chain.state_seconds(index, boundary)
+            longer: list[_Point] = [(k, t + again, trail) for k, t, trail in block.points]
             more = site.state + (site.branch_input if site.early else 0)
             after[boundary] = _Block(block.live + more, longer, block.savings)
         keep += [(k + site.cost, t + rebuild, (trail, (index,), "state")) for k, t, trail in _ended(block)]
@@ -268,7 +287,8 @@ def _step(
 
 def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> list[_Saving]:
     """The savings of a block when the early input of one more site may be kept."""
-    more = [(size + site.branch_input, less - site.input_seconds, (*which, index)) for size, less, which in savings]
+    saved = site.replay_input(early=True)
+    more = [(size + site.branch_input, less - saved, (*which, index)) for size, less, which in savings]
     return _undominated([*savings, *more], cap)
 
 

@@ -73,7 +73,8 @@ def compare(states: Sequence[State], chain: Chain, device: Device) -> Logits:
     again = sum(device.latency + size / device.bandwidth + _half_steps(node) * HALF_STEP
                 for node, size in zip(nodes, whole, strict=True))  # fmt: skip
     replayed = [site for site in chain.sites if site.state_seconds > 0]
-    rate = min((site.state_seconds / max(site.state, 1) for site in replayed), default=float("inf"))
+    least = (site.state_seconds if site.run_seconds is None else site.run_seconds for site in replayed)
+    rate = min((time / max(site.state, 1) for time, site in zip(least, replayed, strict=True)), default=float("inf"))
     return Logits(max(whole), max(logits), saved, again, rate * saved)
 
 

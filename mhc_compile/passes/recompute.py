@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile import cost, ops
 from mhc_compile.config import Options
 from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
+from mhc_compile.lowering import kernels
 from mhc_compile.passes.activations import is_ours, kept_by_autograd, live_bytes, wants_gradient
 from mhc_compile.passes.base import PassContext, PassResult
 from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
@@ -153,7 +154,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
     where = next((t.device for chain in chains for t in cost.tensors_of(value_of(chain[0].producer))), None)
     device = cost.device_of(where.type if where is not None else "cpu", (where.index or 0) if where is not None else 0)
     result.device = device.name if device.measured else f"{device.name} (nominal numbers)"
-    planned = [_describe(gm.graph, states, is_parameter, device, where) for states in chains]
+    planned = [_describe(gm.graph, states, is_parameter, device, where, ctx.options) for states in chains]
     others = sum(keep_all(each.chain).kept_bytes for each in planned)
     whole = others
     for index, each in enumerate(planned):
@@ -200,6 +201,7 @@ def _describe(
     is_parameter: Callable[[fx.Node], bool],
     device: Device,
     where: torch.device | None,
+    options: Options,
 ) -> _Planned:
     """Bytes and seconds of a chain."""
     norms = [[norm for pre in state.pres if (norm := find_norm(pre, is_parameter))] for state in states]
@@ -210,17 +212,16 @@ def _describe(
     own = [(_coefficient_bytes(state), _output_bytes(state)) for state in states]
     kind, number = (where.type, where.index or 0) if where is not None else ("cpu", 0)
     live = live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
-    sites = []
+    run = _sites_a_call(states, options)
+    sites: list[Site] = []
     for index, state in enumerate(states):
         source = bytes_of(state.producer.args[0]) if state.is_expanded else None
         first = index == 0 and not state.is_expanded
         early = _is_early(state)
         made = cost.work(state.producer).seconds(device) if not first else 0.0
-        if early:
-            inputs = sum(Work(0, bytes_of(pre)).seconds(device) - device.latency for pre in state.pres)
-        else:
-            inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
+        inputs = sum(cost.work(pre).seconds(device) for pre in state.pres)
         inputs += sum(_norm_work(norm).seconds(device) for norm in norms[index])
+        written = sum(Work(0, bytes_of(pre)).seconds(device) - device.latency for pre in state.pres)
         sites.append(
             Site(
                 state=bytes_of(state.producer),
@@ -232,15 +233,32 @@ def _describe(
                 pinned=first or state.shared,
                 border=live.borders[index],
                 early=early,
+                early_seconds=written if early else None,
+                run_seconds=_run_seconds(state, device) if run > 1 and early and index and sites[-1].early else None,
             )
         )
-    return _Planned(states, norms, Chain(tuple(sites), live.head))
+    return _Planned(states, norms, Chain(tuple(sites), live.head, run))
 
 
 def _is_early(state: State) -> bool:
     """True where one kernel makes a replayed state and its branch input (``lowering.post_pre_norm``)."""
     made_by_post = state.producer.target is ops.post.overload and not state.paths
     return made_by_post and len(state.pres) == 1 and state.pres[0].target is ops.pre_norm.overload
+
+
+def _sites_a_call(states: list[State], options: Options) -> int:
+    """How many early sites of a block one kernel replays (``lowering.replay_runs``)."""
+    first = next((state for state in states if _is_early(state)), None)
+    if first is None or options.lowering in ("native", "mlir") or not options.fuses("replay"):
+        return 1
+    return kernels.sites_a_replay(value_of(first.producer))
+
+
+def _run_seconds(state: State, device: Device) -> float:
+    """Time of a ``post`` in a kernel that has the state before it in registers: no launch, and X is not read."""
+    whole = cost.work(state.producer)
+    work = dataclasses.replace(whole, read=whole.read - bytes_of(state.producer.args[0]))
+    return work.seconds(device) - device.latency
 
 
 def _norm_work(norm: Norm) -> Work:
@@ -272,7 +290,7 @@ def _with_bases(node: fx.Node) -> list[fx.Node]:
 def _with(chain: Chain, more: int) -> Chain:
     """The chain with `more` bytes live all the time."""
     sites = tuple(dataclasses.replace(site, live=site.live + more, border=site.border + more) for site in chain.sites)
-    return Chain(sites, chain.head + more)
+    return dataclasses.replace(chain, sites=sites, head=chain.head + more)
 
 
 # ------------------------------------------------------------------------------------------------ what is chosen
@@ -310,7 +328,8 @@ def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan |
     """As many states as fit, spread for the least peak; the branch inputs, which are not states, are all replayed."""
     if keep_all(chain).kept_bytes <= allowed:
         return None
-    states = Chain(tuple(dataclasses.replace(site, input_seconds=0.0) for site in chain.sites), chain.head)
+    sites = tuple(dataclasses.replace(site, input_seconds=0.0, early_seconds=None) for site in chain.sites)
+    states = dataclasses.replace(chain, sites=sites)
     found = fastest_within(states, allowed)
     plan = evaluate(chain, found.kept if found is not None else ())
     if found is None:

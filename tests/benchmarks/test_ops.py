@@ -54,6 +54,11 @@ def test_a_floor_is_at_least_what_is_written(tiny: dict[str, Any]) -> None:
         assert tiny[name]["written"] < tiny[name]["floor"], name
     four = tiny["replay, four sites"]
     assert (four["written"], four["floor"]) == (16, 4 + 4 + 16), "one X is read, four y are, and four X' are written"
+    for count, word in ((2, "two"), (3, "three"), (4, "four")):
+        row = tiny[f"replay_normed, {word} sites"]
+        statistics = 2 / 64  # a float32 number a token
+        assert row["written"] == pytest.approx(count * (4 + 1 + statistics))
+        assert row["floor"] == 4 + count * (1 + 4 + 1)
     assert all(row["floor"] > 0 for row in tiny.values())
 
 

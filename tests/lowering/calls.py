@@ -21,6 +21,7 @@ from mhc_compile.lowering import (
     pre,
     pre_norm,
     replay,
+    replay_normed,
     sinkhorn,
     site_boundary,
 )
@@ -28,7 +29,10 @@ from mhc_compile.lowering.launch import KERNEL_OPS
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.operands import DEVICE, N, operands
 
-MODULES = (activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project, pre, replay, sinkhorn)
+MODULES = (
+    activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project, pre, replay, replay_normed,
+    sinkhorn,
+)  # fmt: skip
 """Imported for the ops that they register."""
 NAMES = sorted(str(op).removeprefix("mhc_kernel.").removesuffix(".default") for op in KERNEL_OPS)
 """Every kernel's op."""
@@ -59,6 +63,10 @@ def calls(
     branch = (weight, weight if norm == "layer" else None, norm, 1e-6, 0.0, True)
     _, statistics, mixed = pre_norm.forward(x, p, *branch, True)
     dots = (du, x, p, weight, statistics, norm, 0.0, True)
+
+    def gated(norms: int) -> tuple[list[torch.Tensor], ...]:
+        return [p] * norms, [weight] * norms, [weight] * norms if norm == "layer" else []
+
     biased, dealt, hidden = norm == "layer", boundary.dealt_phi(phi, dm.dtype, n), (q, h)
     own = list((spec.sinkhorn or SinkhornSpec()).op_arguments().values())
     few = torch.ops.mhc_kernel.post_project(x, y, *hidden, False, phi, padded)[1]
@@ -86,6 +94,24 @@ def calls(
         "logits_backward_early": [(*hidden, *shared)],
         "logits_backward_rest": [(p, *early, projection, bias, alphas[0], total, wide, *flat)],
         "streams_backward": [(x, g, h, False, du, p, dm, dealt, multiple)],
+        "replay_normed": [
+            (
+                x,
+                [y] * len(normed),
+                [q] * len(normed),
+                [h] * len(normed),
+                False,
+                normed,
+                written,
+                *gated(sum(normed)),
+                *branch[2:],
+                keep,
+            )
+            for normed, written, keep in (
+                ([True] * replay.MOST, [True] * replay.MOST, False),
+                ([True, False, True], [False, True, True], True),
+            )
+        ],
         "replay": [(x, [y] * replay.MOST, [q] * replay.MOST, [h] * replay.MOST, False)],
         "sinkhorn": [(h, *own)],
         "sinkhorn_backward": [(h, h, *own)],

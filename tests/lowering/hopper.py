@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,23 @@ class Resources:
     stack: int
     shared: int
     ptx: str
+    ttgir: str
+    """Triton's own code with the layouts of its tensors."""
+    cubin: bytes
+
+    def instructions(self) -> Counter[str]:
+        """How often each instruction stands in the machine code, by its bare name."""
+        return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(\w+)", _cuobjdump("-sass", self.cubin)))
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([str(tool), option, str(file)], capture_output=True, text=True, check=True).stdout
 
 
 def compile_for_hopper(
@@ -34,18 +52,13 @@ def compile_for_hopper(
     attributes = {(order.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        report = subprocess.run(
-            [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
+    report = _cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found is not None, report
     ptx = compiled.asm["ptx"]
     assert atomics(ptx) == [], "what atomics add up has another last bit every time"
-    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared), ptx)
+    shared, ttgir, cubin = int(compiled.metadata.shared), compiled.asm["ttgir"], compiled.asm["cubin"]
+    return Resources(int(found[1]), int(found[2]), shared, ptx, ttgir, cubin)
 
 
 def atomics(ptx: str) -> list[str]:

@@ -19,6 +19,7 @@ from mhc_compile.lowering import (
     pre,
     pre_norm,
     replay,
+    replay_normed,
     sinkhorn,
     site_boundary,
 )
@@ -194,6 +195,86 @@ def test_replay(count: int, n: int, width: int, dtype: torch.dtype, lead: tuple[
         for index, got in enumerate(replay.forward(x, ys, posts, given, transpose)):
             state = post.forward(state, ys[index], posts[index], given[index] if given else None, transpose)
             assert torch.equal(got, state)
+
+
+def replayed(
+    x: Tensor, sites: list[dict[str, Any]], transpose: bool, norm: tuple[Any, ...], keep: bool, written: list[bool]
+) -> list[Tensor]:
+    """`replay_normed` of sites {y, q, h or None, p, weight, bias}, those without a gate without a norm."""
+    normed = [site["p"] is not None for site in sites]
+
+    def given(name: str, of: list[dict[str, Any]]) -> list[Tensor]:
+        return [site[name] for site in of if site[name] is not None]
+
+    branches = [site for site in sites if site["p"] is not None]
+    return replay_normed.forward(
+        x, given("y", sites), given("q", sites), given("h", sites), transpose, normed, written, given("p", branches),
+        given("weight", branches), given("bias", branches), *norm, keep,
+    )  # fmt: skip
+
+
+def site_after_site(
+    x: Tensor, sites: list[dict[str, Any]], transpose: bool, norm: tuple[Any, ...], keep: bool, native: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same by a kernel a site, or by the native bodies in float64: (states, results of the norms)."""
+    state, states, results = double(x) if native else x, [], []
+    for site in sites:
+        y, q, h, p, weight, bias = (double(value) if native else value for value in site.values())
+        if native:
+            state = ops.post.native(state, y, q, h, transpose)
+            if p is not None:
+                results += ops.pre_norm.native(state, p, weight, bias, *norm, keep)
+        elif p is None:
+            state = post.forward(state, y, q, h, transpose)
+        else:
+            state, *found = post_pre_norm.forward(state, y, q, h, transpose, p, weight, bias, *norm, keep)
+            results += found
+        states.append(state)
+    return states, results
+
+
+@pytest.mark.parametrize(
+    ("which", "n", "width", "dtype", "lead"),
+    [
+        *(("llama", *case) for case in [CASES[0], *CASES[2:4], *CASES[6:], (4, 300, torch.bfloat16, (2,))]),
+        *(("layer", *case) for case in (CASES[0], CASES[2])),
+        *((which, *CASES[0]) for which in ("gemma", "plain")),
+    ],
+)
+def test_replay_normed(which: str, n: int, width: int, dtype: torch.dtype, lead: tuple[int, ...]) -> None:
+    """A block of sites with their branch inputs in one call: the bits of a kernel a site; against float64 as well."""
+    kind, offset, round_first, weighted, biased = NORMS[which]
+    norm, x = (kind, 1e-5, offset, round_first), torch.randn(*lead, n, width).to(dtype)
+    sites = [
+        {
+            "y": torch.randn(*lead, width).to(dtype),
+            "q": torch.randn(*lead, n),
+            "h": torch.randn(*lead, n, n) / n,
+            "p": torch.randn(*lead, n),
+            "weight": (torch.randn(width) * 0.3 + 1 - offset).to(dtype) if weighted else None,
+            "bias": torch.randn(width).to(dtype) if biased else None,
+        }
+        for _ in range(replay.MOST)
+    ]
+    alone = [dict(site, p=None) for site in sites]
+    without = [dict(site, h=None) for site in sites]
+    mixtures = [
+        (sites, False, False), (sites, True, True), (without[:2], False, True), (sites[:1], False, False),
+        ([alone[0], sites[1], alone[2], sites[3]], False, False), ([*sites[:2], alone[2]], True, True),
+    ]  # fmt: skip
+    for some, transpose, keep in mixtures:
+        count = len(some)
+        states, results = site_after_site(x, some, transpose, norm, keep)
+        got = replayed(x, some, transpose, norm, keep, [True] * count)
+        assert len(got) == count + len(results)
+        assert all(torch.equal(one, other) for one, other in zip(got, states + results, strict=True))
+        exact, more = site_after_site(x, some, transpose, norm, keep, native=True)
+        check(got, exact + more, 6 * RMS[dtype])
+        written = [index % 2 == 1 for index in range(count)]
+        got = replayed(x, some, transpose, norm, keep, written)
+        for index, state in enumerate(states):
+            assert torch.equal(got[index], state) if written[index] else got[index].numel() == 0
+        assert all(torch.equal(one, other) for one, other in zip(got[count:], results, strict=True))
 
 
 def test_pre_norm_of_a_gradient_in_parts() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mhc_compile.config import Options
+from mhc_compile.config import FUSIONS, Options, resolve
+from mhc_compile.convert import convert
 from mhc_compile.lowering.base import TARGETS, LoweringLog
+from mhc_compile.lowering.inductor import LowerPass
 from mhc_compile.ops import CoefficientSpec
 from tests.lowering.graphs import SPEC, chain, close, gradients, inputs, lowered
 
@@ -149,3 +153,55 @@ def test_a_plan_is_replayed_by_one_call() -> None:
         assert (replays > 0) == (recompute != "off")
     for off, on in zip(*results, strict=True):
         assert torch.equal(off, on)
+
+
+def trained(variant: str, recompute: str | int, fuse: bool | tuple[str, ...]) -> tuple[list[Tensor], list[str]]:
+    """Output and gradients of a model whose two graphs are lowered and not compiled, and what the log says of
+    replays."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    from tests.tiny import ids, tiny
+
+    options = {"variant": variant, "recompute": recompute, "init": "paper", "fuse": fuse, "sinkhorn_iters": 1}
+    resolved, log = resolve(options, None), LoweringLog()
+
+    def lower(gm: Any, _: Any) -> Any:
+        LowerPass(resolved.options, log)(gm.graph)
+        gm.recompile()
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        conversion = convert(gm, inputs, resolved)
+        compiled = aot_autograd(
+            fw_compiler=lower, bw_compiler=lower, partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )(conversion.gm, conversion.inputs)  # fmt: skip
+        wanted.extend(value for value in conversion.parameters.values if isinstance(value, torch.nn.Parameter))
+        return lambda *args: compiled(*args, *conversion.parameters.values)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = tiny(layers=2)
+    wanted: list[Tensor] = list(model.parameters())
+    output = torch.compile(model, backend=backend, fullgraph=True)(ids())
+    gradients = torch.autograd.grad(output.float().square().mean(), wanted)
+    said = [entry.reason for entry in log.entries if (entry.op, entry.provider) == ("replay", "fused")]
+    return [output.detach(), *gradients], said
+
+
+@pytest.mark.parametrize("variant", ["mhc", "single_pass", "identity"])
+def test_a_plan_with_norms_is_replayed_by_one_call(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits with a plan and without one, with the kernel for several sites and without it."""
+    module = importlib.import_module("mhc_compile.passes.fold_norms")
+    monkeypatch.setattr(module, "_kernel_refusal", lambda named: "")
+    others = tuple(name for name in FUSIONS if name != "replay")
+    off, none = trained(variant, "off", True)
+    on, some = trained(variant, 2000, True)
+    alone, nothing = trained(variant, 2000, others)
+    assert (none, nothing) == ([], [])
+    assert any("with the norm of the branch input" in reason for reason in some), some
+    assert all(torch.equal(one, other) for one, other in zip(on, alone, strict=True))
+    if variant != "single_pass":  # the expanded X_0 is a view here, of which ATen's product for dphi sums otherwise
+        assert all(torch.equal(one, other) for one, other in zip(off, on, strict=True))

@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 
+from mhc_compile import cost, ops
 from mhc_compile.passes.recompute import RecomputeResult
 from tests.lowering.liveness import Lowered, lowered_graphs, peak_of
 
@@ -42,3 +43,15 @@ def test_the_predicted_peak_is_that_of_the_graphs(layers: int, wanted: str | int
     assert plan.peak <= plan.peak_without
     measured = max(peak_of(lowered.forward), peak_of(lowered.backward))
     assert plan.peak == pytest.approx(measured, rel=0.05)
+
+
+def test_the_predicted_time_is_that_of_the_calls() -> None:
+    """What the calls of the backward graph that replay move and launch."""
+    lowered = lowered_graphs(4, recompute="memory")
+    names = [f"mhc_kernel.{name}.default" for name in ("replay_normed", "post_pre_norm", "pre_norm")]
+    calls = [node for node in lowered.backward.nodes if str(node.target) in names]
+    assert sum("replay_normed" in str(node.target) for node in calls) == 2, "two blocks of several sites"
+    expanded = next(node for node in lowered.conversion.gm.graph.nodes if node.target is ops.expand.overload)
+    assert plan_of(lowered).replay_seconds == pytest.approx(
+        sum(cost.seconds(node, cost.CPU) for node in (*calls, expanded)), rel=0.02
+    )

@@ -63,3 +63,14 @@ def test_every_op_opens_into_launches(tokens: int | str) -> None:
             assert not any(str(node.target).startswith("mhc_kernel.") for node in graph.nodes), name
     # torch asks whether a buffer has more than one row, which is a guard on few tokens; no number of them is taken.
     assert mode.shape_env.replacements == {}
+
+
+def test_how_many_sites_a_call_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan of recompute asks: one where there is no kernel, or none for several sites."""
+    from mhc_compile.lowering import replay
+
+    state = torch.empty(1, 4, 4096, dtype=torch.bfloat16)
+    assert kernels.sites_a_replay(state) == 1, "on a CPU"
+    monkeypatch.setattr(kernels, "platform_refusal", lambda device: "")
+    assert kernels.sites_a_replay(state) == replay.MOST
+    assert kernels.sites_a_replay(state.float()) == 1, "a row does not fit the registers"

@@ -126,6 +126,39 @@ def test_three_sites_of_one_length(kind: str) -> None:
     assert "Encountered an exception" not in said.getvalue(), said.getvalue()
 
 
+@pytest.mark.parametrize(("width", "dtype", "kind"), [
+    (2560, torch.bfloat16, "rms"), (4096, torch.bfloat16, "rms"), (4095, torch.bfloat16, "layer"),
+    (4096, torch.float16, "layer"), (2560, torch.float32, "rms"),
+])  # fmt: skip
+def test_a_block_of_sites_has_the_bits_of_its_sites(width: int, dtype: torch.dtype, kind: str) -> None:
+    """`replay_normed` against `post_pre_norm` and `post`, and against `post` and `pre_norm` of the forward, where a row
+    is as wide as in a model."""
+    from mhc_compile.lowering import post, pre_norm
+
+    tokens, n = 301, 4
+    x, norm = torch.randn(tokens, n, width).to(dtype), (kind, 1e-6, 0.0, True)
+    sites = [
+        {
+            "y": torch.randn(tokens, width).to(dtype), "q": torch.randn(tokens, n), "h": torch.randn(tokens, n, n) / n,
+            "p": torch.randn(tokens, n), "weight": torch.randn(width).to(dtype),
+            "bias": torch.randn(width).to(dtype) if kind == "layer" else None,
+        }
+        for _ in range(4)
+    ]  # fmt: skip
+    for some in (sites, [sites[0], dict(sites[1], p=None), sites[2]]):
+        states, results = interpreted_cases.site_after_site(x, some, False, norm, True)
+        got = interpreted_cases.replayed(x, some, False, norm, True, [True] * len(some))
+        for index, (one, other) in enumerate(zip(got, states + results, strict=True)):
+            assert torch.equal(one, other), index
+    got = interpreted_cases.replayed(x, sites, False, norm, True, [True] * 4)
+    state = x
+    for index, site in enumerate(sites):
+        state = post.forward(state, site["y"], site["q"], site["h"], False)
+        made = pre_norm.forward(state, site["p"], site["weight"], site["bias"], *norm, True)
+        again = (got[index], *got[4 + 3 * index : 7 + 3 * index])
+        assert all(torch.equal(one, other) for one, other in zip(again, (state, *made), strict=True)), index
+
+
 class Layers(torch.nn.Module):
     """Pre-norm layers whose backward repeats itself: [B, T, C] -> [B, T, C]."""
 
@@ -206,7 +239,7 @@ def large(value: Any, few: int, times: int, made: dict[int, Any]) -> Any:
 
 STATES = (
     "post", "post_dots", "pre", "pre_dots", "pre_norm", "pre_norm_dots", "post_pre_norm", "project", "post_project",
-    "activate_pre_norm", "streams_backward", "replay",
+    "activate_pre_norm", "streams_backward", "replay", "replay_normed",
 )  # fmt: skip
 """Every kernel that reads or writes the streams, but for `site_boundary`."""
 

@@ -62,7 +62,7 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
     choice of branch inputs to keep as well; without, all of them are replayed."""
     count = len(chain.sites)
     masks = np.arange(2 ** (2 * count if inputs else count))
-    total, block, held, peak = (np.zeros(len(masks), int) for _ in range(4))
+    total, block, held, peak, start = (np.zeros(len(masks), int) for _ in range(5))
     seconds, legal = np.zeros(len(masks)), np.ones(len(masks), bool)
     for index, site in enumerate(chain.sites):
         kept = (masks >> index & 1).astype(bool)
@@ -74,8 +74,11 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
         total = total + np.where(kept, held + site.cost, 0)
         held = np.where(kept, 0, held)
         block = np.where(kept, site.rebuilt, block + site.state + own)
-        seconds += np.where(kept & (site.source is None), 0.0, site.state_seconds)
-        seconds += np.where(whole, 0.0, site.input_seconds)
+        goes_on = (index - start - 1) % chain.run != 0
+        again = np.where(goes_on, site.run_seconds or site.state_seconds, site.state_seconds)
+        seconds += np.where(kept, 0.0 if site.source is None else site.state_seconds, again)
+        start = np.where(kept, index, start)
+        seconds += np.where(whole, 0.0, np.where(early, site.replay_input(True), site.input_seconds))
         live = np.maximum(site.live + site.branch_input, site.border)
         peak = np.maximum(peak, live + total + block - own)
         held = held + np.where(whole & early, site.branch_input, 0)
@@ -95,10 +98,12 @@ def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> 
             border=draw(st.integers(0, 6000)),
             early=index > 0 and draw(st.booleans()),
             input_seconds=0.0 if free else site.input_seconds,
+            early_seconds=None if free else draw(st.one_of(st.none(), st.integers(1, 50).map(float))),
+            run_seconds=draw(st.one_of(st.none(), st.integers(1, 50).map(float))),
         )
         for index, site in enumerate(chain.sites)
     ]
-    return Chain(tuple(sites), chain.head)
+    return Chain(tuple(sites), chain.head, draw(st.integers(1, 4)))
 
 
 @given(chains_with_early_inputs(6), st.integers(0, 2**12 - 1))
@@ -230,10 +235,12 @@ def test_uneven_sites_with_everything(seed: int) -> None:
                 pinned=rng.random() < 0.1,
                 border=rng.randrange(10**6),
                 early=index > 0 and rng.random() < 0.5,
+                early_seconds=rng.random() if inputs and rng.random() < 0.5 else None,
+                run_seconds=rng.random() if rng.random() < 0.5 else None,
             )
             for index in range(count)
         ]
-        chain = Chain(tuple(sites), head=rng.randrange(5 * 10**6))
+        chain = Chain(tuple(sites), head=rng.randrange(5 * 10**6), run=1 + seed % 4)
         for share, tolerance in zip((0.02, 0.2, 0.6), TOLERANCES, strict=True):
             assert_as_brute_force(chain, inputs, share, tolerance)
 
@@ -243,6 +250,20 @@ def test_uneven_sites_with_everything(seed: int) -> None:
 def test_the_least_peak_of_everything(chain: Chain) -> None:
     """To keep a branch input never lowers the peak, so that of all plans is that of the plans that replay them all."""
     assert_least_peak(chain)
+
+
+def test_a_call_replays_several_states() -> None:
+    """Of a block's states every fourth reads the state before it from memory; a boundary begins a call anew."""
+    chain = Chain(tuple(Site(400, 100, 0, 9.0, 1.0, early=True, run_seconds=5.0) for _ in range(12)), run=4)
+    assert evaluate(chain, ()).seconds == 3 * 9 + 8 * 5 + 12
+    assert evaluate(chain, (), range(12)).seconds == 3 * 9 + 8 * 5, "a kept input does not cut a call"
+    assert evaluate(chain, (3,)).seconds == (9 + 5) + (2 * 9 + 6 * 5) + 12
+    assert evaluate(dataclasses.replace(chain, run=1), ()).seconds == 11 * 9 + 12
+    early = [dataclasses.replace(site, early_seconds=0.5) for site in chain.sites]
+    assert evaluate(dataclasses.replace(chain, sites=tuple(early)), ()).seconds == 3 * 9 + 8 * 5 + 1 + 11 * 0.5
+    alone = dataclasses.replace(chain.sites[2], run_seconds=None)
+    mixed = dataclasses.replace(chain, sites=(*chain.sites[:2], alone, *chain.sites[3:]))
+    assert evaluate(mixed, ()).seconds == 4 * 9 + 7 * 5 + 12
 
 
 def test_the_paper_s_closed_form() -> None:
