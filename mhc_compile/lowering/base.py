@@ -29,6 +29,11 @@ TARGETS: dict[Any, str] = FORWARD_TARGETS | BACKWARD_TARGETS | INNER_TARGETS
 """Every overload that must be lowered -> its name; a backward op's name ends in `_backward`."""
 
 
+FEW = 64
+"""Most tokens that take the two launches of ``few_tokens``: beyond, a pass over the streams is bound by memory, and
+four kernels that each run at the memory's speed are quicker."""
+
+
 @dataclass(frozen=True)
 class Lowered:
     """What happened to one node."""

@@ -187,6 +187,23 @@ class LowerPass(CustomGraphPass):
         return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)), self.key)
 
 
+class LeavePass(CustomGraphPass):
+    """The pass over the joint graph that has the logits alone kept, where the recompute plan's tags say so; `key` is
+    their identity."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite one joint graph."""
+        if logits_alone.leave(graph):
+            graph.lint()
+
+    def uuid(self) -> Any:
+        """Identity for FxGraphCache and AOTAutogradCache."""
+        return ("mhc_compile.logits", source_hash(), self.key)
+
+
 class LaunchPass(CustomGraphPass):
     """Last of inductor's graph passes: opens our kernels' opaque calls into launches (they mutate their outputs, and
     the passes before this one expect a functional graph), each with its setting: the fixed one, with the option
@@ -223,8 +240,7 @@ def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launche
         "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     }
     if key:
-        leave = logits_alone.LeavePass(key, source_hash)
-        patches["joint_custom_post_pass"] = chain_graph_passes("joint_custom_post_pass", leave)
+        patches["joint_custom_post_pass"] = chain_graph_passes("joint_custom_post_pass", LeavePass(key))
     if traced_launches:
         patches["post_grad_custom_post_pass"] = chain_graph_passes(
             "post_grad_custom_post_pass", LaunchPass(log, options)

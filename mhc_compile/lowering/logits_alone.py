@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -131,22 +129,4 @@ def _made_here(node: fx.Node) -> fx.Node | None:
     return source if same else None
 
 
-class LeavePass(CustomGraphPass):
-    """`leave` as a pass of inductor's over the joint graph. The tags that it acts on are part of `key`; `uuid` covers
-    that and the package's source (`source`)."""
-
-    def __init__(self, key: str, source: Callable[[], str]) -> None:
-        self.key = key
-        self.source = source
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite one joint graph."""
-        if leave(graph):
-            graph.lint()
-
-    def uuid(self) -> Any:
-        """Identity for FxGraphCache and AOTAutogradCache."""
-        return ("mhc_compile.logits", self.source(), self.key)
-
-
-__all__ = ["TAG", "LeavePass", "leave", "merge"]
+__all__ = ["TAG", "leave", "merge"]

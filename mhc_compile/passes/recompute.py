@@ -7,11 +7,13 @@ For every chain of stream states the plan of ``boundaries`` is written on the no
 | X_l at the boundaries, as the result of its post | X_l in between, as the result of its post |
 | the value that is expanded at the head | the expanded X_0 |
 | pre, post, res and the projection of every site | u_l, the result of its pre, and the norm that follows it |
+| or the projection alone (``passes.logits``) | pre, post, res: gates and Sinkhorn |
 | every branch output y, the reductions of that norm | |
 
-Only our ops and that norm are run twice, never the rest of a branch: with the coefficients kept, a replay holds no
-projection and no Sinkhorn. Our ops carry no checkpoint id, so that the ends of the user's own activation checkpoints do
-not cut a block. The tags are not part of inductor's cache keys: ``plan_key`` is, see ``lowering.inductor``.
+Only our ops and that norm are run twice, never the rest of a branch, and never the product with phi: a replay reads the
+coefficients or makes them of the projection. Our ops carry no checkpoint id, so that the ends of the user's own
+activation checkpoints do not cut a block. The tags are not part of inductor's cache keys: ``plan_key`` is, see
+``lowering.inductor``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -28,9 +30,20 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mhc_compile import cost, ops
 from mhc_compile.config import Options
 from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
-from mhc_compile.passes.activations import is_ours, kept_by_autograd, live_bytes, wants_gradient
+from mhc_compile.lowering.logits_alone import TAG
+from mhc_compile.passes import logits
+from mhc_compile.passes.activations import Live, is_ours, kept_by_autograd, live_bytes, wants_gradient
 from mhc_compile.passes.base import PassContext, PassResult
-from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
+from mhc_compile.passes.boundaries import (
+    Chain,
+    Plan,
+    Site,
+    evaluate,
+    fastest_of,
+    fastest_within,
+    keep_all,
+    least_peak_of,
+)
 from mhc_compile.passes.logits import Logits, compare, total
 from mhc_compile.passes.norms import Norm, find_norm
 from mhc_compile.passes.states import State, find_states
@@ -65,7 +78,7 @@ class StateRow:
 
 @dataclasses.dataclass
 class RecomputeResult(PassResult):
-    """The plan; ``changed`` counts the states and branch inputs that are replayed."""
+    """The plan; ``changed`` counts the states and branch inputs that are replayed and the coefficients made again."""
 
     rows: list[StateRow] = dataclasses.field(default_factory=list)
     peak: int = 0
@@ -80,7 +93,7 @@ class RecomputeResult(PassResult):
     device: str = ""
     """Whose numbers the time is from."""
     logits: Logits = dataclasses.field(default_factory=Logits)
-    """What keeping the logits without the coefficients would come to."""
+    """Whether the coefficients are kept with the logits, and what the one and the other come to."""
 
 
 @dataclasses.dataclass
@@ -90,8 +103,19 @@ class _Planned:
     states: list[State]
     norms: list[list[Norm]]
     chain: Chain
+    alone: Chain | None = None
+    """The chain with the logits alone kept; None where that is no choice."""
+    refusal: str = ""
+    """Why not."""
     plan: Plan | None = None
     """None: nothing is replayed."""
+    is_alone: bool = False
+    """True where the plan is one of `alone`."""
+
+    def forms(self) -> list[Chain]:
+        """The chains that the plan is chosen of."""
+        forms = {"coefficients": self.chain, "logits": self.alone}
+        return [chain for form in logits.FORMS if (chain := forms[form]) is not None] or [self.chain]
 
 
 def recompute(gm: fx.GraphModule, ctx: PassContext) -> RecomputeResult:
@@ -153,13 +177,17 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
     where = next((t.device for chain in chains for t in cost.tensors_of(value_of(chain[0].producer))), None)
     device = cost.device_of(where.type if where is not None else "cpu", (where.index or 0) if where is not None else 0)
     result.device = device.name if device.measured else f"{device.name} (nominal numbers)"
-    planned = [_describe(gm.graph, states, is_parameter, device, where) for states in chains]
+    planned = [_describe(gm.graph, states, is_parameter, device, where, ctx.options) for states in chains]
     others = sum(keep_all(each.chain).kept_bytes for each in planned)
     whole = others
     for index, each in enumerate(planned):
         own = keep_all(each.chain).kept_bytes
         each.chain = _with(each.chain, others - own)
-        each.plan = _choose(each.chain, own / max(whole, 1), ctx, where, gm.graph, result)
+        each.alone = _with(each.alone, others - own) if each.alone is not None else None
+        forms = each.forms()
+        found = _choose(forms, keep_all(each.chain), own / max(whole, 1), ctx, where, gm.graph, result)
+        if found is not None:
+            each.plan, each.is_alone = found[1], forms[found[0]] is each.alone
         chosen = each.plan if each.plan is not None else keep_all(each.chain)
         result.peak_without = max(result.peak_without, keep_all(each.chain).peak)
         result.peak = chosen.peak  # of the last chain: it sees what the others keep
@@ -170,7 +198,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
         result.rows += _rows(index, each, chosen)
         if each.plan is not None:
             result.changed += _tag(each, each.plan)
-    result.logits = total([compare(each.states, each.chain, device) for each in planned])
+    result.logits = total([compare(each.states, each.chain, device, each.is_alone, each.refusal) for each in planned])
     if result.changed:
         _untag_the_rest(gm.graph, planned)
 
@@ -200,6 +228,7 @@ def _describe(
     is_parameter: Callable[[fx.Node], bool],
     device: Device,
     where: torch.device | None,
+    options: Options,
 ) -> _Planned:
     """Bytes and seconds of a chain."""
     norms = [[norm for pre in state.pres if (norm := find_norm(pre, is_parameter))] for state in states]
@@ -207,9 +236,13 @@ def _describe(
     without |= {node for found in norms for norm in found for node in (*norm.replayed, *norm.reductions)}
     without |= {base for state in states if state.output is not None for base in _with_bases(state.output)}
     kept = kept_by_autograd(graph, is_parameter, without)
-    own = [(_coefficient_bytes(state), _output_bytes(state)) for state in states]
     kind, number = (where.type, where.index or 0) if where is not None else ("cpu", 0)
-    live = live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
+
+    def live_with(coefficients: Sequence[int]) -> Live:
+        own = list(zip(coefficients, map(_output_bytes, states), strict=True))
+        return live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
+
+    live = live_with([logits.kept_bytes(state, alone=False) for state in states])
     sites = []
     for index, state in enumerate(states):
         source = bytes_of(state.producer.args[0]) if state.is_expanded else None
@@ -234,7 +267,12 @@ def _describe(
                 early=early,
             )
         )
-    return _Planned(states, norms, Chain(tuple(sites), live.head))
+    chain = Chain(tuple(sites), live.head)
+    refusal = logits.refusal(states, options)
+    alone = None
+    if not refusal and any(state.coefficients for state in states):
+        alone = logits.logits_alone(states, chain, device, live_with)
+    return _Planned(states, norms, chain, alone, refusal)
 
 
 def _is_early(state: State) -> bool:
@@ -253,10 +291,6 @@ def _input_bytes(state: State, norms: list[Norm]) -> int:
     return sum(bytes_of(pre) for pre in state.pres) + sum(norm.result_bytes for norm in norms)
 
 
-def _coefficient_bytes(state: State) -> int:
-    return sum(bytes_of(node) for node in state.coefficients)
-
-
 def _output_bytes(state: State) -> int:
     return bytes_of(state.output) if state.output is not None else 0
 
@@ -272,22 +306,27 @@ def _with_bases(node: fx.Node) -> list[fx.Node]:
 def _with(chain: Chain, more: int) -> Chain:
     """The chain with `more` bytes live all the time."""
     sites = tuple(dataclasses.replace(site, live=site.live + more, border=site.border + more) for site in chain.sites)
-    return Chain(sites, chain.head + more)
+    return dataclasses.replace(chain, sites=sites, head=chain.head + more)
 
 
 # ------------------------------------------------------------------------------------------------ what is chosen
 def _choose(
-    chain: Chain,
+    forms: list[Chain],
+    everything: Plan,
     share: float,
     ctx: PassContext,
     where: torch.device | None,
     graph: fx.Graph,
     result: RecomputeResult,
-) -> Plan | None:
-    """The plan of one chain; None where nothing has to be replayed."""
-    wanted, everything = ctx.options.recompute, keep_all(chain)
+) -> tuple[int, Plan] | None:
+    """(which form of one chain, its plan); None where nothing has to be replayed.
+
+    A number of bytes is one of stream states: with the first form, the coefficients kept.
+    """
+    wanted = ctx.options.recompute
     if isinstance(wanted, int):
-        return _within_bytes(chain, int(wanted * share), result)
+        plan = _within_bytes(forms[0], int(wanted * share), result)
+        return (0, plan) if plan is not None else None
     if wanted == "speed":
         limit = ctx.options.memory_budget
         if limit is None:
@@ -295,22 +334,23 @@ def _choose(
         if limit is None or everything.peak <= limit:
             result.notes.append("everything fits: nothing is replayed")
             return None
-        plan = fastest(chain, limit)
-        if plan is not None:
-            return plan
+        found = fastest_of(forms, limit)
+        if found is not None:
+            return found
         result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
-    plan = least_peak(chain, tolerance=TOLERANCE)
-    if plan is None or plan.peak >= everything.peak:
+    found = least_peak_of(forms, TOLERANCE)
+    if found is None or found[1].peak >= everything.peak:
         result.notes.append("the predicted peak is elsewhere (weights and their gradients): nothing is replayed")
         return None
-    return plan
+    return found
 
 
 def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan | None:
     """As many states as fit, spread for the least peak; the branch inputs, which are not states, are all replayed."""
     if keep_all(chain).kept_bytes <= allowed:
         return None
-    states = Chain(tuple(dataclasses.replace(site, input_seconds=0.0) for site in chain.sites), chain.head)
+    sites = tuple(dataclasses.replace(site, input_seconds=0.0) for site in chain.sites)
+    states = dataclasses.replace(chain, sites=sites)
     found = fastest_within(states, allowed)
     plan = evaluate(chain, found.kept if found is not None else ())
     if found is None:
@@ -335,7 +375,7 @@ def _set(node: fx.Node, policy: CheckpointPolicy) -> None:
 
 
 def _tag(planned: _Planned, plan: Plan) -> int:
-    """Write a plan on the nodes; returns how many states and inputs are replayed."""
+    """Write a plan on the nodes; returns how many states, inputs and coefficients are made again."""
     save, replay = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
     kept, inputs = set(plan.kept), set(plan.inputs)
     count = 0
@@ -347,7 +387,8 @@ def _tag(planned: _Planned, plan: Plan) -> int:
         for node in state.paths:
             _set(node, replay)
         for node in state.coefficients:
-            _set(node, save)
+            _set(node, TAG if planned.is_alone else save)
+            count += planned.is_alone
         if state.output is not None:
             for node in _with_bases(state.output):
                 if node.op in ("call_function", "call_method"):
@@ -400,7 +441,7 @@ def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
                 site.state,
                 held,
                 site.branch_input,
-                _coefficient_bytes(state),
+                logits.kept_bytes(state, planned.is_alone),
                 _output_bytes(state),
             )
         )
