@@ -40,7 +40,7 @@ def refusal(named: dict[str, Any]) -> str:
 def activate_again_kernel(
     projection_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, tokens,
     TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr,
-    RES: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
+    RES: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr,
     POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr,
     POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -48,7 +48,9 @@ def activate_again_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
     base = token * (K + 1)
-    r = tl.load(projection_ptr + base + K, mask=there, other=1.0)
+    r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
+    if NORM != 2:  # else a constant, as in the other kernel, where the division by it is none
+        r = tl.load(projection_ptr + base + K, mask=there, other=1.0)
     line = tl.arange(0, NP)
     lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
     mask = there[:, None] & (lines < N)
@@ -74,8 +76,8 @@ def activate_again_kernel(
         tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
 
 
-_PROJECTED = ("KP", "NORM", "NORM_EPS")
-"""Of the constants of ``activate_kernel``: what makes the projection."""
+_PROJECTED = ("KP", "NORM_EPS")
+"""Of the constants of ``activate_kernel``: what makes the projection, and nothing else."""
 
 
 @kernel_op(

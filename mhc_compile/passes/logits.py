@@ -61,18 +61,16 @@ class Logits:
         """For the report; empty without coefficients."""
         if not self.saved:
             return ""
-        kept, alone = f"{self.kept / 2**10:,.1f} KiB a site at most", f"{self.alone / 2**10:,.1f} KiB"
+        kept, alone = (f"{size / 2**10:,.1f} KiB" for size in (self.kept, self.alone))
         what = (
             f"{self.saved / 2**20:,.2f} MiB less ({self.saved / max(peak, 1):.2%} of the peak) for "
             f"{self.seconds * 1e3:.3f} ms of gates and Sinkhorn again"
         )
-        instead = f"the same bytes for {self.instead * 1e3:.3f} ms"
         if self.chosen:
-            return (
-                f"logits kept without the coefficients, {alone} a site at most: {what}; replayed states give {instead}"
-            )
-        text = f"coefficients and logits kept, {kept}; the logits alone would be {alone}: {what}"
-        return f"{text}; {self.refusal}" if self.refusal else f"{text}; replayed states give {instead}"
+            return f"logits kept without the coefficients, {alone} a site at most instead of {kept}: {what}"
+        text = f"coefficients and logits kept, {kept} a site at most; the logits alone would be {alone}: {what}"
+        rest = self.refusal or f"replayed states give the same bytes for {self.instead * 1e3:.3f} ms"
+        return f"{text}; {rest}"
 
 
 def compare(states: Sequence[State], chain: Chain, device: Device, chosen: bool = False, refusal: str = "") -> Logits:

@@ -72,7 +72,8 @@ class Run:
         torch.manual_seed(11)
         self.output = torch.compile(module, backend=backend)(tokens())
         hyper = self.conversion.parameters.values
-        wanted = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
+        both = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
+        wanted = [parameter for parameter in both if parameter.requires_grad]
         loss = self.output.square().mean() + (self.output * 0.3).sum()
         self.gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         self.result = plan_of(self.conversion.report)

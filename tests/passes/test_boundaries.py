@@ -63,7 +63,7 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
     count = len(chain.sites)
     masks = np.arange(2 ** (2 * count if inputs else count))
     total, block, held, peak = (np.zeros(len(masks), int) for _ in range(4))
-    seconds, legal = np.zeros(len(masks)), np.ones(len(masks), bool)
+    seconds, legal = np.full(len(masks), chain.seconds), np.ones(len(masks), bool)
     for index, site in enumerate(chain.sites):
         kept = (masks >> index & 1).astype(bool)
         whole = (masks >> (count + index) & 1).astype(bool)
@@ -73,11 +73,11 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
         own = np.where(early, site.branch_input, 0)
         total = total + np.where(kept, held + site.cost, 0)
         held = np.where(kept, 0, held)
-        block = np.where(kept, site.rebuilt, block + site.state + own)
+        block = np.where(kept, site.rebuilt, block + site.state + own) + site.again
         seconds += np.where(kept & (site.source is None), 0.0, site.state_seconds)
         seconds += np.where(whole, 0.0, site.input_seconds)
         live = np.maximum(site.live + site.branch_input, site.border)
-        peak = np.maximum(peak, live + total + block - own)
+        peak = np.maximum(peak, live + total + block - own + np.where(kept, site.ahead, 0))
         held = held + np.where(whole & early, site.branch_input, 0)
         total = total + np.where(whole & ~early, site.branch_input, 0)
     total = total + held
@@ -89,16 +89,19 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
 def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> Chain:
     """Chains of all that there is; with `free` a branch input takes no time to replay: none is worth keeping."""
     chain = draw(chains(most, inputs=True))
+    alone = draw(st.booleans())  # the logits, without the coefficients
     sites = [
         dataclasses.replace(
             site,
             border=draw(st.integers(0, 6000)),
+            again=draw(small) if alone else 0,
+            ahead=draw(small) if alone else 0,
             early=index > 0 and draw(st.booleans()),
             input_seconds=0.0 if free else site.input_seconds,
         )
         for index, site in enumerate(chain.sites)
     ]
-    return Chain(tuple(sites), chain.head)
+    return Chain(tuple(sites), chain.head, float(draw(st.integers(0, 50))) if alone else 0.0)
 
 
 @given(chains_with_early_inputs(6), st.integers(0, 2**12 - 1))
