@@ -17,9 +17,12 @@ from mhc_compile.passes.boundaries import (
     equal_blocks,
     evaluate,
     fastest,
+    fastest_of,
     fastest_within,
     keep_all,
+    least_bytes,
     least_peak,
+    least_peak_of,
 )
 
 
@@ -246,6 +249,57 @@ def test_uneven_sites_with_everything(seed: int) -> None:
 def test_the_least_peak_of_everything(chain: Chain) -> None:
     """To keep a branch input never lowers the peak, so that of all plans is that of the plans that replay them all."""
     assert_least_peak(chain)
+
+
+@st.composite
+def two_forms(draw: st.DrawFn) -> tuple[Chain, Chain]:
+    """A chain, and the same with less live and something to make again."""
+    kept = draw(chains_with_early_inputs(6))
+    kept = Chain(tuple(dataclasses.replace(site, again=0, ahead=0) for site in kept.sites), kept.head)
+    sites = []
+    for index, site in enumerate(kept.sites):
+        saved = draw(st.integers(0, 500)) * (index + 1)
+        less = {"live": max(site.live - saved, 0), "border": max(site.border - saved, 0)}
+        sites.append(dataclasses.replace(site, again=draw(st.integers(0, 500)), ahead=draw(st.integers(0, 500)), **less))
+    return kept, Chain(tuple(sites), max(kept.head - 500, 0), draw(st.floats(0, 100)))
+
+
+@given(two_forms(), st.floats(0, 1), st.sampled_from(TOLERANCES))
+@settings(max_examples=150, deadline=None)
+def test_of_two_forms_the_fastest(forms: tuple[Chain, Chain], share: float, tolerance: float) -> None:
+    """Each choice of what is kept in both forms: those near the least peak of all, those within a limit."""
+    every = [brute(form, inputs=True) for form in forms]
+    peak, seconds = (np.concatenate([found[index] for found in every]) for index in (0, 2))
+    assert min(map(least_bytes, forms)) == peak.min()
+    for limit, found in (
+        (peak.min() * (1 + tolerance), least_peak_of(forms, tolerance)),
+        ((limit := peak.min() + share * (peak.max() - peak.min())), fastest_of(forms, limit)),
+    ):
+        assert found is not None
+        which, plan = found
+        assert plan.peak <= limit
+        assert plan.seconds == pytest.approx(seconds[peak <= limit].min())
+        assert evaluate(forms[which], plan.kept, plan.inputs) == plan
+    assert fastest_of(forms, peak.min() - 1) is None
+
+
+def test_of_equals_the_first_form() -> None:
+    chain = equal(4)
+    assert least_peak_of([chain, chain], 0.5)[0] == 0
+    assert least_peak_of([chain, dataclasses.replace(chain, seconds=1e-9)], 0.5)[0] == 0
+    assert least_peak_of([]) is None
+
+
+def test_what_is_made_again_is_live_with_its_block() -> None:
+    """From the start of the block, above the boundary too; a site early where the boundary is mixed by it."""
+    sites = [Site(100, 0, 0, 1.0, 0.0, again=10 ** (index + 3)) for index in range(3)]
+    chain = Chain(tuple(sites), seconds=5.0)
+    assert evaluate(chain, (0,)).peak == 111_000 + 300
+    assert evaluate(chain, (0, 1, 2)).peak == 10**5 + 300
+    assert evaluate(chain, (0, 1, 2)).seconds == 5.0
+    ahead = dataclasses.replace(sites[2], ahead=7)
+    assert evaluate(Chain((*sites[:2], ahead)), (0, 2)).peak == 10**5 + 200 + 7
+    assert evaluate(Chain((*sites[:2], ahead)), (0,)).peak == 111_000 + 300
 
 
 def test_the_paper_s_closed_form() -> None:
