@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import fx
 
@@ -73,9 +73,8 @@ class Logits:
         return f"{text}; {rest}"
 
 
-def compare(states: Sequence[State], chain: Chain, device: Device, chosen: bool = False, refusal: str = "") -> Logits:
-    """The two ways for one chain of states."""
-    nodes = [node for state in states for node in state.coefficients]
+def compare(nodes: Sequence[fx.Node], chain: Chain, device: Device, chosen: bool = False, refusal: str = "") -> Logits:
+    """The two ways for the coefficients of one chain of states."""
     if not nodes:
         return Logits()
     whole = [bytes_of(node) for node in nodes]
@@ -83,7 +82,7 @@ def compare(states: Sequence[State], chain: Chain, device: Device, chosen: bool 
     saved = sum(whole) - sum(logits)
     replayed = [site for site in chain.sites if site.state_seconds > 0]
     rate = min((site.state_seconds / max(site.state, 1) for site in replayed), default=float("inf"))
-    return Logits(max(whole), max(logits), saved, seconds_again(states, device), rate * saved, chosen, refusal)
+    return Logits(max(whole), max(logits), saved, seconds_again(nodes, device), rate * saved, chosen, refusal)
 
 
 def total(parts: Sequence[Logits]) -> Logits:
@@ -100,46 +99,53 @@ def total(parts: Sequence[Logits]) -> Logits:
     )
 
 
-def kept_bytes(state: State, alone: bool) -> int:
-    """Bytes of a site's coefficients and projection, or of the projection alone."""
-    return sum(_projection_bytes(node) if alone else bytes_of(node) for node in state.coefficients)
+def kept_bytes(state: State, again: Collection[fx.Node]) -> int:
+    """Bytes of a site's coefficients and projection, of those that are made again the projection alone."""
+    return sum(_projection_bytes(node) if node in again else bytes_of(node) for node in state.coefficients)
 
 
-def seconds_again(states: Sequence[State], device: Device) -> float:
+def seconds_again(nodes: Iterable[fx.Node], device: Device) -> float:
     """Time of gates and Sinkhorn once more: a launch a site, what it reads and writes, its half steps."""
-    nodes = [node for state in states for node in state.coefficients]
     return sum(device.latency + bytes_of(node) / device.bandwidth + _half_steps(node) * HALF_STEP for node in nodes)
 
 
-def logits_alone(states: Sequence[State], chain: Chain, device: Device, live: Callable[[Sequence[int]], Live]) -> Chain:
-    """A chain that keeps coefficients -> the same chain with the logits alone.
+def logits_alone(
+    states: Sequence[State],
+    chain: Chain,
+    device: Device,
+    again: Collection[fx.Node],
+    live: Callable[[Sequence[int]], Live],
+) -> Chain:
+    """A chain that keeps coefficients -> the same chain with the logits alone of those in `again`.
 
     `live` gives what is live beside the streams for the bytes that each site's coefficients keep. What is made again is
     counted whole until its site has run backward; of post and res that is an upper bound.
     """
-    less = live([kept_bytes(state, alone=True) for state in states])
-    again = [kept_bytes(state, alone=False) - kept_bytes(state, alone=True) for state in states]
+    less = live([kept_bytes(state, again) for state in states])
+    back = [kept_bytes(state, ()) - kept_bytes(state, again) for state in states]
     sites = tuple(
         dataclasses.replace(
             site,
             live=less.sites[index],
             border=less.borders[index],
-            again=again[index],
-            ahead=again[index - 1] if index and _mixed_by(states[index], states[index - 1]) else 0,
+            again=back[index],
+            ahead=back[index - 1] if index and _mixed_by(states[index], states[index - 1]) else 0,
         )
         for index, site in enumerate(chain.sites)
     )
-    return Chain(sites, less.head, chain.seconds + seconds_again(states, device))
+    return Chain(sites, less.head, chain.seconds + seconds_again(again, device))
 
 
-def refusal(states: Sequence[State], options: Options) -> str:
-    """Why the coefficients of a chain cannot be made again bit for bit; empty if they can."""
+def made_again(states: Sequence[State], options: Options) -> tuple[list[fx.Node], str]:
+    """(the coefficients of a chain that can be made again bit for bit, why there are none)."""
     nodes = [node for state in states for node in state.coefficients]
     if options.compiler != "inductor":
-        return f"the compiler {options.compiler!r} has no pass over the joint graph"
+        return [], f"the compiler {options.compiler!r} has no pass over the joint graph"
     if not runs_joint_passes():
-        return "inductor's joint passes are switched off"
-    return next((reason for node in nodes if (reason := _refusal(node, options))), "")
+        return [], "inductor's joint passes are switched off"
+    reasons = {node: _refusal(node, options) for node in nodes}
+    found = [node for node in nodes if not reasons[node]]
+    return found, "" if found else next(iter(reasons.values()), "")
 
 
 def _refusal(node: fx.Node, options: Options) -> str:

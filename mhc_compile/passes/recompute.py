@@ -105,12 +105,19 @@ class _Planned:
     chain: Chain
     alone: Chain | None = None
     """The chain with the logits alone kept; None where that is no choice."""
+    remade: list[fx.Node] = dataclasses.field(default_factory=list)
+    """The coefficients that are made again there."""
     refusal: str = ""
-    """Why not."""
+    """Why none are."""
     plan: Plan | None = None
     """None: nothing is replayed."""
     is_alone: bool = False
     """True where the plan is one of `alone`."""
+
+    @property
+    def again(self) -> list[fx.Node]:
+        """The coefficients that the plan makes again."""
+        return self.remade if self.is_alone else []
 
     def forms(self) -> list[Chain]:
         """The chains that the plan is chosen of."""
@@ -198,7 +205,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
         result.rows += _rows(index, each, chosen)
         if each.plan is not None:
             result.changed += _tag(each, each.plan)
-    result.logits = total([compare(each.states, each.chain, device, each.is_alone, each.refusal) for each in planned])
+    result.logits = total([_compared(each, device) for each in planned])
     if result.changed:
         _untag_the_rest(gm.graph, planned)
 
@@ -242,7 +249,7 @@ def _describe(
         own = list(zip(coefficients, map(_output_bytes, states), strict=True))
         return live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
 
-    live = live_with([logits.kept_bytes(state, alone=False) for state in states])
+    live = live_with([logits.kept_bytes(state, ()) for state in states])
     sites = []
     for index, state in enumerate(states):
         source = bytes_of(state.producer.args[0]) if state.is_expanded else None
@@ -268,11 +275,9 @@ def _describe(
             )
         )
     chain = Chain(tuple(sites), live.head)
-    refusal = logits.refusal(states, options)
-    alone = None
-    if not refusal and any(state.coefficients for state in states):
-        alone = logits.logits_alone(states, chain, device, live_with)
-    return _Planned(states, norms, chain, alone, refusal)
+    remade, refusal = logits.made_again(states, options)
+    alone = logits.logits_alone(states, chain, device, remade, live_with) if remade else None
+    return _Planned(states, norms, chain, alone, remade, refusal)
 
 
 def _is_early(state: State) -> bool:
@@ -387,8 +392,8 @@ def _tag(planned: _Planned, plan: Plan) -> int:
         for node in state.paths:
             _set(node, replay)
         for node in state.coefficients:
-            _set(node, TAG if planned.is_alone else save)
-            count += planned.is_alone
+            _set(node, TAG if node in planned.again else save)
+            count += node in planned.again
         if state.output is not None:
             for node in _with_bases(state.output):
                 if node.op in ("call_function", "call_method"):
@@ -423,6 +428,11 @@ def _untag_the_rest(graph: fx.Graph, planned: list[_Planned]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is told
+def _compared(planned: _Planned, device: Device) -> Logits:
+    every = [node for state in planned.states for node in state.coefficients]
+    return compare(planned.remade or every, planned.chain, device, planned.is_alone, planned.refusal)
+
+
 def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
     kept, inputs = set(plan.kept), set(plan.inputs)
     rows = []
@@ -441,7 +451,7 @@ def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
                 site.state,
                 held,
                 site.branch_input,
-                logits.kept_bytes(state, planned.is_alone),
+                logits.kept_bytes(state, planned.again),
                 _output_bytes(state),
             )
         )

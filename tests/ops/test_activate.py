@@ -34,7 +34,7 @@ def test_the_bits_of_coefficients(layout: str, norm: str, dtype: torch.dtype) ->
     for n, gate in ((4, "sigmoid"), (3, "linear"), (1, "sigmoid")):
         for res in ("sinkhorn", "linear") if "res" in layout else ("none",):
             sinkhorn = SinkhornSpec(steps=7) if res == "sinkhorn" else None
-            spec = CoefficientSpec(layout, n, norm, gate=gate, res=res, sinkhorn=sinkhorn)  # type: ignore[arg-type]
+            spec = CoefficientSpec(layout, n, norm, gate=gate, res=res, sinkhorn=sinkhorn)  # type: ignore[arg-type]  # literals
             whole, arguments = call(spec, dtype=dtype)
             again = ops.activate(*arguments)
             assert [value.shape for value in again] == [value.shape for value in whole[:3]]

@@ -260,7 +260,8 @@ def two_forms(draw: st.DrawFn) -> tuple[Chain, Chain]:
     for index, site in enumerate(kept.sites):
         saved = draw(st.integers(0, 500)) * (index + 1)
         less = {"live": max(site.live - saved, 0), "border": max(site.border - saved, 0)}
-        sites.append(dataclasses.replace(site, again=draw(st.integers(0, 500)), ahead=draw(st.integers(0, 500)), **less))
+        more = {"again": draw(st.integers(0, 500)), "ahead": draw(st.integers(0, 500))}
+        sites.append(dataclasses.replace(site, **less, **more))
     return kept, Chain(tuple(sites), max(kept.head - 500, 0), draw(st.floats(0, 100)))
 
 
@@ -271,10 +272,8 @@ def test_of_two_forms_the_fastest(forms: tuple[Chain, Chain], share: float, tole
     every = [brute(form, inputs=True) for form in forms]
     peak, seconds = (np.concatenate([found[index] for found in every]) for index in (0, 2))
     assert min(map(least_bytes, forms)) == peak.min()
-    for limit, found in (
-        (peak.min() * (1 + tolerance), least_peak_of(forms, tolerance)),
-        ((limit := peak.min() + share * (peak.max() - peak.min())), fastest_of(forms, limit)),
-    ):
+    near, some = peak.min() * (1 + tolerance), peak.min() + share * (peak.max() - peak.min())
+    for limit, found in ((near, least_peak_of(forms, tolerance)), (some, fastest_of(forms, some))):
         assert found is not None
         which, plan = found
         assert plan.peak <= limit

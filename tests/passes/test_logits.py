@@ -13,8 +13,9 @@ from mhc_compile import ops
 from mhc_compile.config import Options
 from mhc_compile.cost import CPU, Device
 from mhc_compile.passes import logits
+from mhc_compile.passes.activations import Live
 from mhc_compile.passes.boundaries import Chain, Site
-from mhc_compile.passes.logits import HALF_STEP, Logits, compare, refusal, total
+from mhc_compile.passes.logits import HALF_STEP, Logits, compare, made_again, total
 from mhc_compile.passes.recompute import PLAN_KEY, RecomputeResult
 from mhc_compile.passes.states import State, find_states
 from tests.passes.models import Block, Stack, conversions, tokens
@@ -35,7 +36,7 @@ def states_of(layers: int = 3, **options: object) -> list[State]:
 def logits_of(**options: object) -> Logits:
     states = states_of(**options)
     chain = Chain(tuple(Site(4 * 8 * TOKENS * 4, 0, 0, 2e-6, 0.0) for _ in states))
-    return compare(states, chain, GPU)
+    return compare([node for state in states for node in state.coefficients], chain, GPU)
 
 
 # ------------------------------------------------------------------------------------------------ what it comes to
@@ -73,35 +74,44 @@ def test_the_line_says_what_is_kept_and_what_the_other_way_costs() -> None:
     assert total([few, alone]) == alone, "of several chains the line tells those that it was done in"
 
 
+def every(states: list[State]) -> list[Any]:
+    return [node for state in states for node in state.coefficients]
+
+
 def test_a_chain_with_the_logits_alone() -> None:
     """Less is live, what is made again is counted with its site, and every plan takes the time of it."""
-    states = states_of(2)
-    _, _, (outcome,) = conversions(model(2), [tokens()], [{}])
-    sites = tuple(Site(1000, 100, 5000 + index, 2e-6, 1e-6, border=4000) for index in range(4))
-    asked: list[list[int]] = []
+    states, asked = states_of(2), []
 
-    def live(coefficients: Any) -> Any:
-        from mhc_compile.passes.activations import Live
-
+    def live(coefficients: Any) -> Live:
         asked.append(list(coefficients))
         return Live((1, 2, 3, 4), (5, 6, 7, 8), 9)
 
-    found = logits.logits_alone(states, Chain(sites, 10), GPU, live)
-    assert asked == [[25 * 4 * TOKENS] * 4]
-    assert [(site.live, site.border, site.again, site.ahead) for site in found.sites] == [
-        (index + 1, index + 5, NUMBERS * 4 * TOKENS, 0) for index in range(4)
+    sites = tuple(Site(1000, 100, 5000 + index, 2e-6, 1e-6, border=4000) for index in range(4))
+    nodes = every(states)
+    found = logits.logits_alone(states, Chain(sites, 10), GPU, nodes[1:], live)
+    assert asked == [[49 * 4 * TOKENS, *[25 * 4 * TOKENS] * 3]]
+    again = [0, *[NUMBERS * 4 * TOKENS] * 3]
+    assert [(one.live, one.border, one.again, one.ahead) for one in found.sites] == [
+        (index + 1, index + 5, again[index], 0) for index in range(4)
     ]
-    assert found.head == 9
-    assert found.seconds == pytest.approx(logits.seconds_again(states, GPU))
-    ahead = states_of(2, variant="single_pass")
-    sites = tuple(Site(1000, 100, 5000, 2e-6, 1e-6) for _ in ahead)
-    live = lambda _: type("Live", (), {"sites": [0] * len(ahead), "borders": [0] * len(ahead), "head": 0})  # noqa: E731
-    found = logits.logits_alone(ahead, Chain(sites), GPU, live)
-    mixed = [site.ahead > 0 for site in found.sites]
-    assert mixed == [False, *[True] * (len(ahead) - 1)], "each branch is mixed by the coefficients of the site before"
+    assert (found.head, found.seconds) == (9, pytest.approx(logits.seconds_again(nodes[1:], GPU)))
+
+
+def test_in_single_pass_a_boundary_has_what_the_site_before_makes() -> None:
+    states = states_of(2, variant="single_pass")
+    count = len(states)
+    chain = Chain(tuple(Site(1000, 100, 5000, 2e-6, 1e-6) for _ in range(count)))
+    found = logits.logits_alone(states, chain, GPU, every(states), lambda _: Live((0,) * count, (0,) * count, 0))
+    assert [site.ahead > 0 for site in found.sites] == [False, *[True] * (count - 1)]
 
 
 # ------------------------------------------------------------------------------------------------ where it is a choice
+def refusal(states: list[State], options: Options) -> str:
+    found, reason = made_again(states, options)
+    assert found == ([] if reason else every(states))
+    return reason
+
+
 def test_only_where_the_same_code_makes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     states = states_of()
     assert refusal(states, Options()) == ""
@@ -112,13 +122,23 @@ def test_only_where_the_same_code_makes_them_again(monkeypatch: pytest.MonkeyPat
     assert "joint passes" in refusal(states, Options())
 
 
+def test_a_head_without_a_sinkhorn_is_kept_beside_sites_that_are_not() -> None:
+    states = states_of(collapse="learned")
+    found, reason = made_again(states, Options())
+    assert found == every(states)[:-1]
+    assert reason == ""
+    run = forced("logits", lambda: Run(model(3), recompute=2 * STATE, collapse="learned"))
+    assert run.left == 6
+    assert run.saved_results_of(ops.coefficients.overload) == [*((site, 3) for site in range(6)), (6, 0), (6, 3)]
+
+
 def test_few_tokens_take_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were kernels here. From 65 tokens on, or with that fusion off, it is `activate` either way."""
     monkeypatch.setattr(logits.kernels, "platform_refusal", lambda device: "")
     states = states_of()
     assert "few tokens" in refusal(states, Options())
     assert refusal(states, Options(fuse=False)) == ""
-    assert "lowering='native'" not in refusal(states, Options(lowering="native")), "one call on a CPU"
+    assert refusal(states, Options(lowering="native")) == "", "one call on a CPU"
     _, _, (outcome,) = conversions(model(2), [tokens(2, 33, 3)], [{}])
     (states,) = find_states(outcome.gm.graph)
     assert refusal(states, Options()) == ""
