@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import ops
 
-from .base import arguments, fake, origin
+from .base import BACKWARD_TARGETS, arguments, fake, origin
 
 TAG = CheckpointPolicy.PREFER_SAVE
 """On the coefficients of a plan that keeps the logits alone (those of one that keeps both are MUST_SAVE). Where nobody
@@ -45,8 +45,8 @@ def result_of(node: fx.Node, index: int) -> fx.Node:
 
 def leave(graph: fx.Graph) -> int:
     """In a joint graph: give the readers of tagged coefficients what `activate` makes of the projection; returns how
-    many coefficients there were. A graph without a backward of theirs is left alone."""
-    if not any(node.target is ops.coefficients.backward_overload for node in graph.nodes):
+    many coefficients there were. A graph without a backward of ours is left alone."""
+    if not any(node.target in BACKWARD_TARGETS for node in graph.nodes):
         return 0
     found = [node for node in graph.nodes if node.target is ops.coefficients.overload]
     found = [node for node in found if node.meta.get("recompute") == TAG]
@@ -58,18 +58,22 @@ def leave(graph: fx.Graph) -> int:
 def _leave(node: fx.Node) -> None:
     graph, save = node.graph, CheckpointPolicy.MUST_SAVE
     projection = result_of(node, PROJECTION)
+    node.append(projection)  # in front of whoever reads another result
     for kept in (node, projection):
         _tag(kept, save)
     named = arguments(node)
     args = (projection, *(value for name, value in named.items() if name not in ("x", "phi")))
     read = [user for user in node.users if user is not projection]
-    last = max(projection, *read) if read else projection
-    with graph.inserting_after(last):
+    with graph.inserting_after(projection):
         again = graph.call_function(ops.activate.overload, args)
     again.meta.update(_forward(node), val=_value(again))
     _tag(again, CheckpointPolicy.MUST_RECOMPUTE)
     for user in read:
         index: Any = user.args[1]
+        if index == PROJECTION:
+            user.replace_all_uses_with(projection)
+            graph.erase_node(user)
+            continue
         with graph.inserting_after(again):
             part = graph.call_function(operator.getitem, (again, index))
         part.meta.update(_forward(user), val=again.meta["val"][index])

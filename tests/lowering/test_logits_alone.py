@@ -80,6 +80,23 @@ def test_readers_get_what_the_projection_gives() -> None:
     assert leave(graph) == 0, "once is enough"
 
 
+def test_results_that_are_picked_late_or_twice() -> None:
+    graph = joint()
+    (whole,) = calls(graph, ops.coefficients.overload)
+    post, projection = (user for user in whole.users if user.args[1] in (1, 3))
+    (first, second) = calls(graph, torch.ops.aten.mul.Tensor)
+    first.prepend(post)
+    with graph.inserting_before(second):
+        twice = made(graph, operator.getitem, whole, 3)
+        made(graph, torch.ops.aten.mul.Tensor, twice, twice)
+    (backward,) = calls(graph, ops.coefficients.backward_overload)
+    backward.prepend(projection)
+    graph.lint()
+    assert leave(graph) == 1
+    graph.lint()
+    assert [user.args[1] for user in whole.users] == [3]
+
+
 @pytest.mark.parametrize("tag", [None, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
 def test_other_tags_are_left_alone(tag: Any) -> None:
     graph = joint(tag)
