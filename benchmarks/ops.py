@@ -26,6 +26,7 @@ from benchmarks.record import RESULTS, record
 from benchmarks.table import Row, attempt, blank, chosen
 from mhc_compile.config import Options
 from mhc_compile.lowering import (
+    activate_again,
     activate_pre,
     activate_pre_norm,
     boundary,
@@ -175,6 +176,9 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "activate": (
             lambda: coefficients.activate(partial, bias, *alphas, n * width, *flat),
             _numbers(splits * 25 + 49, width),
+        ),
+        "activate_again": (
+            lambda: activate_again.activate_again(projection, bias, *alphas, *flat), _numbers(25 + 24, width),
         ),
         "activate_pre": (
             lambda: activate_pre.activate_pre(partial, bias, alphas[0], n * width, *flat),

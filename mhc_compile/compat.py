@@ -377,6 +377,13 @@ def chain_graph_passes(seam: str, ours: Any) -> Any:
     return Chained()
 
 
+def runs_joint_passes() -> bool:
+    """True where inductor runs the passes of its joint seams (a setting of its own; seen in 2.11, 2.13)."""
+    from torch._inductor import config
+
+    return bool(config.use_joint_graph_passes)
+
+
 def triton_version() -> str:
     """Triton's version, empty where it is not installed. Read from the metadata: importing it takes a while."""
     import importlib.metadata

@@ -435,3 +435,11 @@ def test_fused_operations_round_where_they_are_told_to() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(function, options={"emulate_precision_casts": emulated})
         assert torch.equal(compiled(x, w), function(x, w)) == emulated
+
+
+def test_inductor_s_joint_passes_can_be_switched_off() -> None:
+    from torch._inductor import config
+
+    assert compat.runs_joint_passes()
+    with config.patch(use_joint_graph_passes=False):
+        assert not compat.runs_joint_passes()

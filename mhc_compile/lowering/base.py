@@ -17,14 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mhc_compile.ops import OPS
+from mhc_compile.ops import INNER_OPS, OPS
 
 PROVIDERS = ("triton", "inductor", "native")
 
 FORWARD_TARGETS: dict[Any, str] = {op.overload: name for name, op in OPS.items()}
 BACKWARD_TARGETS: dict[Any, str] = {op.backward_overload: f"{name}_backward" for name, op in OPS.items()}
-TARGETS: dict[Any, str] = FORWARD_TARGETS | BACKWARD_TARGETS
+INNER_TARGETS: dict[Any, str] = {op.overload: name for name, op in INNER_OPS.items()}
+"""Of ops that a model cannot hold: what our passes put in behind autograd."""
+TARGETS: dict[Any, str] = FORWARD_TARGETS | BACKWARD_TARGETS | INNER_TARGETS
 """Every overload that must be lowered -> its name; a backward op's name ends in `_backward`."""
+
+
+FEW = 64
+"""Most tokens that take the two launches of ``few_tokens``: beyond, a pass over the streams is bound by memory, and
+four kernels that each run at the memory's speed are quicker."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,9 @@ from torch import Tensor, fx
 from mhc_compile.ops.coefficients import ATTRIBUTES, split_arguments
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .base import FORWARD_TARGETS, LoweringLog, arguments
+from .base import FEW, FORWARD_TARGETS, LoweringLog, arguments
 from .inline import insert_function, replace
 from .launch import hint, tokens_of
-
-FEW = 64
-"""Most tokens that take two launches: beyond, a pass over the streams is bound by memory, and four kernels that each
-run at the memory's speed are quicker."""
 
 Refused = Callable[[str, dict[str, Any]], str]
 """(op, its arguments) -> why no kernel takes the node; empty if one does."""

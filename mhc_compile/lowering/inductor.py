@@ -1,9 +1,10 @@
-"""Where the lowering meets inductor: two graph passes through its documented seams, and their identity for its caches.
+"""Where the lowering meets inductor: graph passes through its documented seams, and their identity for its caches.
 
 `config_patches` gives the settings for `torch._inductor.compile(gm, inputs, options=...)`. The pass runs after
 autograd and
 partitioning, once on the forward and once on the backward graph, in this order: fuse (pattern, check, replace over the
-semantic ops), then lower what is left, each node by the first provider that takes it (see `base`).
+semantic ops), then lower what is left, each node by the first provider that takes it (see `base`). Before partitioning
+there is one more where a recompute plan asks for it (see `logits_alone`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mhc_compile import ops
 from mhc_compile.compat import chain_graph_passes, triton_version
 from mhc_compile.ops.base import compute_dtype
 
-from . import kernels, opaque, tune
+from . import kernels, logits_alone, opaque, tune
 from .base import BACKWARD_TARGETS, FORWARD_TARGETS, TARGETS, LoweringLog, arguments, device_of, options_key
 from .inline import Bodies, replace_by_function
 
@@ -58,6 +59,13 @@ def _coefficients_body(*args: Any) -> Any:
     return native_spec(x, phi, bias, alphas, spec, functools.partial(activate, sinkhorn=_traced_sinkhorn))
 
 
+def _activate_body(*args: Any) -> Any:
+    from mhc_compile.ops.activate import split
+    from mhc_compile.ops.coefficients import activate
+
+    return activate(*split(args), sinkhorn=_traced_sinkhorn)
+
+
 def _coefficients_backward_body(*args: Any) -> Any:
     from mhc_compile.ops.coefficients import native_backward_spec, small_gradients, split_backward_arguments
 
@@ -89,6 +97,8 @@ def native_body(name: str) -> Callable[..., Any]:
         return _coefficients_body
     if name == "coefficients_backward":
         return _coefficients_backward_body
+    if name == "activate":
+        return _activate_body
     backward = name.endswith("_backward")
     op = ops.OPS[name.removesuffix("_backward")]
     return op.native_backward if backward else op.native
@@ -159,6 +169,8 @@ class LowerPass(CustomGraphPass):
         """Fuse, then lower."""
         if not any(node.target in TARGETS for node in graph.nodes):
             return
+        logits_alone.merge(graph)
+        logits_alone.gather(graph)
         fuse = getattr(self.options, "lowering", "auto") != "native"
         if fuse:
             kernels.fuse(graph, self.log, self._fuses)
@@ -174,6 +186,23 @@ class LowerPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Identity for FxGraphCache and AOTAutogradCache."""
         return ("mhc_compile.lowering", source_hash(), triton_version(), repr(options_key(self.options)), self.key)
+
+
+class LeavePass(CustomGraphPass):
+    """The pass over the joint graph that has the logits alone kept, where the recompute plan's tags say so; `key` is
+    their identity."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite one joint graph."""
+        if logits_alone.leave(graph):
+            graph.lint()
+
+    def uuid(self) -> Any:
+        """Identity for FxGraphCache and AOTAutogradCache."""
+        return ("mhc_compile.logits", source_hash(), self.key)
 
 
 class LaunchPass(CustomGraphPass):
@@ -216,6 +245,8 @@ def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launche
     patches: dict[str, object] = {
         "post_grad_custom_pre_pass": chain_graph_passes("post_grad_custom_pre_pass", LowerPass(options, log, key))
     }
+    if key:
+        patches["joint_custom_post_pass"] = chain_graph_passes("joint_custom_post_pass", LeavePass(key))
     if traced_launches:
         patches["post_grad_custom_post_pass"] = chain_graph_passes(
             "post_grad_custom_post_pass", LaunchPass(log, options)

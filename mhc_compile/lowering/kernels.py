@@ -50,7 +50,7 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
-        from . import activate_pre_norm, gate_pre_norm, post_project  # noqa: F401  # isort: skip
+        from . import activate_again, activate_pre_norm, gate_pre_norm, post_project  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
 
@@ -63,7 +63,7 @@ def refusal(name: str, named: dict[str, Any]) -> str:
     reason = platform_refusal(device_of(named))
     if reason:
         return reason
-    from . import coefficients, post, pre, pre_norm, sinkhorn
+    from . import activate_again, coefficients, post, pre, pre_norm, sinkhorn
 
     values = {key: fake(value) for key, value in named.items()}
     backward = name.endswith("_backward")
@@ -76,6 +76,8 @@ def refusal(name: str, named: dict[str, Any]) -> str:
         return post.refusal(values["streams"], values["y"])
     if stem == "pre_norm":
         return pre_norm.refusal(values["streams"], values["weight"], values["bias"])
+    if stem == "activate":
+        return activate_again.refusal(values)
     return coefficients.refusal(values, values["x"], values["phi"], backward)
 
 
@@ -91,9 +93,10 @@ def sites_a_replay(streams: torch.Tensor) -> int:
 
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
     """Replace `node` by calls of its kernels and the few tensor operations around them."""
-    from . import boundary, coefficients, post, pre, pre_norm, sinkhorn
+    from . import activate_again, boundary, coefficients, post, pre, pre_norm, sinkhorn
 
     functions = {
+        "activate": activate_again.forward,
         "sinkhorn": sinkhorn.forward,
         "sinkhorn_backward": sinkhorn.backward,
         "pre": pre.forward,

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_compile.ops.activate import SCHEMA, fake, run, split
 from mhc_compile.ops.base import unneeded
 from mhc_compile.ops.coefficients import (
     ATTRIBUTE_SCHEMA,
     native_backward_spec,
     native_spec,
-    run_activate,
     run_small_gradients,
     split_arguments,
     split_backward_arguments,
@@ -39,25 +39,8 @@ def _unflat(bias: Tensor, *rest: Any) -> tuple[Tensor, Alphas, CoefficientSpec]:
     return bias, alphas, spec
 
 
-@torch.library.custom_op(
-    "mhc_native::activate",
-    mutates_args=(),
-    schema=f"(Tensor projection, {_ALPHAS}, {ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)
-def _activate(projection: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    h_pre, h_post, h_res = run_activate(projection, *_unflat(*flat))
-    return h_pre.contiguous(), h_post.contiguous(), h_res.clone(memory_format=torch.contiguous_format)
-
-
-@_activate.register_fake
-def _(projection: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, spec = _unflat(*flat)
-    batch, n, mix_dtype = projection.shape[:-1], spec.streams, spec.mix_dtype or projection.dtype
-    return (
-        projection.new_empty((*batch, spec.part_size("pre"))),
-        projection.new_empty((*batch, spec.part_size("post")), dtype=mix_dtype),
-        projection.new_empty((*batch, n, n if "res" in spec.parts else 0), dtype=mix_dtype),
-    )
+_activate = torch.library.custom_op("mhc_native::activate", run, mutates_args=(), schema=SCHEMA)
+_activate.register_fake(fake)
 
 
 @torch.library.custom_op(
@@ -130,12 +113,17 @@ def _coefficients(*args: Any) -> Any:
     return native_spec(*split_arguments(args), activation=_called_activate)
 
 
+def _activate_alone(*args: Any) -> Any:
+    return _called_activate(*split(args))
+
+
 def _coefficients_backward(*args: Any) -> Any:
     grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
     return native_backward_spec(grads, x, phi, bias, alphas, projection, spec, needs, _called_small_gradients)
 
 
 BODIES: dict[str, Callable[..., Any]] = {
+    "activate": _activate_alone,
     "coefficients": _coefficients,
     "coefficients_backward": _coefficients_backward,
 }

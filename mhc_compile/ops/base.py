@@ -2,7 +2,7 @@
 
 An op is a plain PyTorch function (`native`, the meaning), a hand-written backward of the same kind
 (`native_backward`: a custom op's body runs below autograd, so autograd cannot be asked there), and two custom ops
-that carry them through graphs.
+that carry them through graphs. What passes put into graphs behind autograd needs no backward (`ForwardOp`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,24 @@ class SemanticOp:
     def backward_overload(self) -> torch._ops.OpOverload:
         """`torch.ops.mhc.<name>_backward.default`."""
         return getattr(torch.ops.mhc, f"{self.name}_backward").default
+
+
+@dataclass(frozen=True)
+class ForwardOp:
+    """A word that only graphs behind autograd hold: the custom op `mhc::<name>`, without a gradient."""
+
+    name: str
+    native: Callable[..., Any]
+    definition: CustomOpDef
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the custom op."""
+        return self.overload(*args, **kwargs)
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """`torch.ops.mhc.<name>.default`, the target of graph nodes."""
+        return getattr(torch.ops.mhc, self.name).default
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -8,7 +8,10 @@ block that starts at a runs backward, this is live (`evaluate`, the definition t
 
     live_l  +  sum of kept states up to a  +  sum of kept inputs before l  +  states a+1 .. l of the block  +  u_l
                                                                            +  early inputs a+1 .. l - 1 of the block
+                                                                           +  coefficients a .. l that are made again
 
+(With the logits alone kept, ``Site.again`` is what gates and Sinkhorn give back; replayed states read the coefficients
+of all sites behind the boundary, so these are there from the start of the block, until their site has run backward.)
 Behind the branch, when u_l is gone, it is ``border_l`` in place of live_l + u_l; and between forward and backward
 ``head`` + everything kept. The peak is the largest of these; the time is the sum over what is replayed, each state and
 input once. A call replays up to ``Chain.run`` states of a block one after another: those behind its first cost less,
@@ -60,6 +63,11 @@ class Site:
     """What an early input adds to the time of its state; None: `input_seconds`, as behind a kept state."""
     run_seconds: float | None = None
     """Time to replay X_l in the call that has replayed X_{l-1}; None where there is no such call."""
+    again: int = 0
+    """Bytes of this site's coefficients where they are made again from their logits."""
+    ahead: int = 0
+    """Of the same, those of the site before, where this site's branch input is mixed by them (``single_pass``): at a
+    boundary they are made a site early."""
 
     @property
     def cost(self) -> int:
@@ -85,6 +93,8 @@ class Chain:
     """Bytes live between forward and backward, whatever the plan."""
     run: int = 1
     """States of a block that one call replays."""
+    seconds: float = 0.0
+    """Time that every plan takes: that of coefficients made again."""
 
     def state_seconds(self, index: int, boundary: int) -> float:
         """Time to replay X_index in the block that starts at `boundary`."""
@@ -111,18 +121,19 @@ def evaluate(chain: Chain, kept: Iterable[int], inputs: Iterable[int] = ()) -> P
     """Peak, kept bytes and seconds of a plan; the first site and the pinned ones are kept anyway."""
     pinned = {index for index, site in enumerate(chain.sites) if site.pinned}
     boundaries, whole = {0} | pinned | set(kept), set(inputs)
-    total, block, peak, seconds, start = 0, 0, 0, 0.0, 0
+    total, block, peak, seconds, start = 0, 0, 0, chain.seconds, 0
     held = 0  # early inputs of this block that are kept: part of `block` until it ends
     for index, site in enumerate(chain.sites):
         early = site.early and index not in boundaries
         if index in boundaries:
-            total, block, held, start = total + held + site.cost, site.rebuilt, 0, index
+            total, block, held, start = total + held + site.cost, site.rebuilt + site.again, 0, index
             seconds += site.state_seconds if site.source is not None else 0.0
         else:
-            block += site.state + (site.branch_input if early else 0)
+            block += site.state + site.again + (site.branch_input if early else 0)
             seconds += chain.state_seconds(index, start)
         own = site.branch_input if early else 0
-        peak = max(peak, site.live + total + block + site.branch_input - own, site.border + total + block - own)
+        live = total + block - own + (site.ahead if index in boundaries else 0)
+        peak = max(peak, site.live + live + site.branch_input, site.border + live)
         if index not in whole:
             seconds += site.replay_input(early)
         elif early:
@@ -138,7 +149,7 @@ def keep_all(chain: Chain) -> Plan:
     """What happens without recompute: every state and every branch input is kept, the expanded state itself too."""
     sites = tuple(dataclasses.replace(site, source=None, pinned=False, early=False) for site in chain.sites)
     every = range(len(sites))
-    return evaluate(Chain(sites, chain.head), every, every)
+    return evaluate(dataclasses.replace(chain, sites=sites), every, every)
 
 
 def closed_form(sites: int, kept: float, replayed: float) -> int:
@@ -193,6 +204,30 @@ def fastest(chain: Chain, peak: float = math.inf, kept: float = math.inf) -> Pla
 def least_peak(chain: Chain, kept: float = math.inf, tolerance: float = 0.0) -> Plan | None:
     """The fastest of the plans whose peak is at most ``1 + tolerance`` times the least there is; None if the pinned
     states exceed `kept`."""
+    least = least_bytes(chain, kept)
+    return fastest(chain, least * (1 + tolerance), kept) if least is not None else None
+
+
+def fastest_of(chains: Sequence[Chain], peak: float) -> tuple[int, Plan] | None:
+    """(which of several forms of one chain, its plan): the fastest within the limit, of equal ones the first."""
+    best: tuple[int, Plan] | None = None
+    for index, chain in enumerate(chains):
+        if best is not None and chain.seconds >= best[1].seconds:
+            continue  # what every plan of this one takes is too much
+        plan = fastest(chain, peak)
+        if plan is not None and (best is None or plan.seconds < best[1].seconds):
+            best = index, plan
+    return best
+
+
+def least_peak_of(chains: Sequence[Chain], tolerance: float = 0.0) -> tuple[int, Plan] | None:
+    """`fastest_of` the plans whose peak is at most ``1 + tolerance`` times the least that any of the forms has."""
+    least = [found for chain in chains if (found := least_bytes(chain)) is not None]
+    return fastest_of(chains, min(least) * (1 + tolerance)) if least else None
+
+
+def least_bytes(chain: Chain, kept: float = math.inf) -> int | None:
+    """The least peak there is; None if the pinned states exceed `kept`."""
     start = equal_blocks(chain)
     if start.kept_bytes > kept:
         start = evaluate(chain, ())
@@ -205,7 +240,7 @@ def least_peak(chain: Chain, kept: float = math.inf, tolerance: float = 0.0) -> 
             high = middle
         else:
             low = middle + 1
-    return fastest(chain, high * (1 + tolerance), kept)
+    return high
 
 
 def fastest_within(chain: Chain, kept: int) -> Plan | None:
@@ -234,8 +269,8 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
     """
     prune: Callable[[list[_Point], int], list[_Point]] = _fewest if replay_inputs else _undominated
     first = chain.sites[0]
-    seconds = first.state_seconds if first.source is not None else 0.0
-    blocks = {0: _Block(first.rebuilt, [(first.cost, seconds, None)], [(0, 0.0, ())])}
+    seconds = chain.seconds + (first.state_seconds if first.source is not None else 0.0)
+    blocks = {0: _Block(first.rebuilt + first.again, [(first.cost, seconds, None)], [(0, 0.0, ())])}
     for index, site in enumerate(chain.sites):
         cap = max(_POINTS // len(chain.sites) // (len(blocks) + 1), 4)
         after: dict[int, _Block] = {}
@@ -243,6 +278,7 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
             early = site.early and boundary != index
             own = site.branch_input if early else 0
             most = max(site.live + site.branch_input, site.border) + block.live - own
+            most += site.ahead if boundary == index else 0
             alive = [point for point in block.points if point[0] <= min(peak - most, kept)]
             if not alive:
                 continue
@@ -278,10 +314,10 @@ def _step(
         if not site.pinned:
             again = chain.state_seconds(index, boundary)
             longer: list[_Point] = [(k, t + again, trail) for k, t, trail in block.points]
-            more = site.state + (site.branch_input if site.early else 0)
+            more = site.state + site.again + (site.branch_input if site.early else 0)
             after[boundary] = _Block(block.live + more, longer, block.savings)
         keep += [(k + site.cost, t + rebuild, (trail, (index,), "state")) for k, t, trail in _ended(block)]
-    after[index] = _Block(site.rebuilt, prune(keep, cap), [(0, 0.0, ())])
+    after[index] = _Block(site.rebuilt + site.again, prune(keep, cap), [(0, 0.0, ())])
     return after
 
 

@@ -7,11 +7,13 @@ For every chain of stream states the plan of ``boundaries`` is written on the no
 | X_l at the boundaries, as the result of its post | X_l in between, as the result of its post |
 | the value that is expanded at the head | the expanded X_0 |
 | pre, post, res and the projection of every site | u_l, the result of its pre, and the norm that follows it |
+| or the projection alone (``passes.logits``) | pre, post, res: gates and Sinkhorn |
 | every branch output y, the reductions of that norm | |
 
-Only our ops and that norm are run twice, never the rest of a branch: with the coefficients kept, a replay holds no
-projection and no Sinkhorn. Our ops carry no checkpoint id, so that the ends of the user's own activation checkpoints do
-not cut a block. The tags are not part of inductor's cache keys: ``plan_key`` is, see ``lowering.inductor``.
+Only our ops and that norm are run twice, never the rest of a branch, and never the product with phi: a replay reads the
+coefficients or makes them of the projection. Our ops carry no checkpoint id, so that the ends of the user's own
+activation checkpoints do not cut a block. The tags are not part of inductor's cache keys: ``plan_key`` is, see
+``lowering.inductor``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -29,9 +31,20 @@ from mhc_compile import cost, ops
 from mhc_compile.config import Options
 from mhc_compile.cost import Device, Work, bytes_of, is_view, value_of
 from mhc_compile.lowering import kernels
-from mhc_compile.passes.activations import is_ours, kept_by_autograd, live_bytes, wants_gradient
+from mhc_compile.lowering.logits_alone import TAG
+from mhc_compile.passes import logits
+from mhc_compile.passes.activations import Live, is_ours, kept_by_autograd, live_bytes, wants_gradient
 from mhc_compile.passes.base import PassContext, PassResult
-from mhc_compile.passes.boundaries import Chain, Plan, Site, evaluate, fastest, fastest_within, keep_all, least_peak
+from mhc_compile.passes.boundaries import (
+    Chain,
+    Plan,
+    Site,
+    evaluate,
+    fastest_of,
+    fastest_within,
+    keep_all,
+    least_peak_of,
+)
 from mhc_compile.passes.logits import Logits, compare, total
 from mhc_compile.passes.norms import Norm, find_norm
 from mhc_compile.passes.states import State, find_states
@@ -66,7 +79,7 @@ class StateRow:
 
 @dataclasses.dataclass
 class RecomputeResult(PassResult):
-    """The plan; ``changed`` counts the states and branch inputs that are replayed."""
+    """The plan; ``changed`` counts the states and branch inputs that are replayed and the coefficients made again."""
 
     rows: list[StateRow] = dataclasses.field(default_factory=list)
     peak: int = 0
@@ -81,7 +94,7 @@ class RecomputeResult(PassResult):
     device: str = ""
     """Whose numbers the time is from."""
     logits: Logits = dataclasses.field(default_factory=Logits)
-    """What keeping the logits without the coefficients would come to."""
+    """Whether the coefficients are kept with the logits, and what the one and the other come to."""
 
 
 @dataclasses.dataclass
@@ -91,8 +104,26 @@ class _Planned:
     states: list[State]
     norms: list[list[Norm]]
     chain: Chain
+    alone: Chain | None = None
+    """The chain with the logits alone kept; None where that is no choice."""
+    remade: list[fx.Node] = dataclasses.field(default_factory=list)
+    """The coefficients that are made again there."""
+    refusal: str = ""
+    """Why none are."""
     plan: Plan | None = None
     """None: nothing is replayed."""
+    is_alone: bool = False
+    """True where the plan is one of `alone`."""
+
+    @property
+    def again(self) -> list[fx.Node]:
+        """The coefficients that the plan makes again."""
+        return self.remade if self.is_alone else []
+
+    def forms(self) -> list[Chain]:
+        """The chains that the plan is chosen of."""
+        forms = {"coefficients": self.chain, "logits": self.alone}
+        return [chain for form in logits.FORMS if (chain := forms[form]) is not None] or [self.chain]
 
 
 def recompute(gm: fx.GraphModule, ctx: PassContext) -> RecomputeResult:
@@ -160,7 +191,11 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
     for index, each in enumerate(planned):
         own = keep_all(each.chain).kept_bytes
         each.chain = _with(each.chain, others - own)
-        each.plan = _choose(each.chain, own / max(whole, 1), ctx, where, gm.graph, result)
+        each.alone = _with(each.alone, others - own) if each.alone is not None else None
+        forms = each.forms()
+        found = _choose(forms, keep_all(each.chain), own / max(whole, 1), ctx, where, gm.graph, result)
+        if found is not None:
+            each.plan, each.is_alone = found[1], forms[found[0]] is each.alone
         chosen = each.plan if each.plan is not None else keep_all(each.chain)
         result.peak_without = max(result.peak_without, keep_all(each.chain).peak)
         result.peak = chosen.peak  # of the last chain: it sees what the others keep
@@ -171,7 +206,7 @@ def _recompute(gm: fx.GraphModule, ctx: PassContext, result: RecomputeResult) ->
         result.rows += _rows(index, each, chosen)
         if each.plan is not None:
             result.changed += _tag(each, each.plan)
-    result.logits = total([compare(each.states, each.chain, device) for each in planned])
+    result.logits = total([_compared(each, device) for each in planned])
     if result.changed:
         _untag_the_rest(gm.graph, planned)
 
@@ -209,9 +244,13 @@ def _describe(
     without |= {node for found in norms for norm in found for node in (*norm.replayed, *norm.reductions)}
     without |= {base for state in states if state.output is not None for base in _with_bases(state.output)}
     kept = kept_by_autograd(graph, is_parameter, without)
-    own = [(_coefficient_bytes(state), _output_bytes(state)) for state in states]
     kind, number = (where.type, where.index or 0) if where is not None else ("cpu", 0)
-    live = live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
+
+    def live_with(coefficients: Sequence[int]) -> Live:
+        own = list(zip(coefficients, map(_output_bytes, states), strict=True))
+        return live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
+
+    live = live_with([logits.kept_bytes(state, ()) for state in states])
     run = _sites_a_call(states, options)
     sites: list[Site] = []
     for index, state in enumerate(states):
@@ -237,7 +276,10 @@ def _describe(
                 run_seconds=_run_seconds(state, device) if run > 1 and early and index and sites[-1].early else None,
             )
         )
-    return _Planned(states, norms, Chain(tuple(sites), live.head, run))
+    chain = Chain(tuple(sites), live.head, run)
+    remade, refusal = logits.made_again(states, options)
+    alone = logits.logits_alone(states, chain, device, remade, live_with) if remade else None
+    return _Planned(states, norms, chain, alone, remade, refusal)
 
 
 def _is_early(state: State) -> bool:
@@ -271,10 +313,6 @@ def _input_bytes(state: State, norms: list[Norm]) -> int:
     return sum(bytes_of(pre) for pre in state.pres) + sum(norm.result_bytes for norm in norms)
 
 
-def _coefficient_bytes(state: State) -> int:
-    return sum(bytes_of(node) for node in state.coefficients)
-
-
 def _output_bytes(state: State) -> int:
     return bytes_of(state.output) if state.output is not None else 0
 
@@ -295,17 +333,22 @@ def _with(chain: Chain, more: int) -> Chain:
 
 # ------------------------------------------------------------------------------------------------ what is chosen
 def _choose(
-    chain: Chain,
+    forms: list[Chain],
+    everything: Plan,
     share: float,
     ctx: PassContext,
     where: torch.device | None,
     graph: fx.Graph,
     result: RecomputeResult,
-) -> Plan | None:
-    """The plan of one chain; None where nothing has to be replayed."""
-    wanted, everything = ctx.options.recompute, keep_all(chain)
+) -> tuple[int, Plan] | None:
+    """(which form of one chain, its plan); None where nothing has to be replayed.
+
+    A number of bytes is one of stream states: with the first form, the coefficients kept.
+    """
+    wanted = ctx.options.recompute
     if isinstance(wanted, int):
-        return _within_bytes(chain, int(wanted * share), result)
+        plan = _within_bytes(forms[0], int(wanted * share), result)
+        return (0, plan) if plan is not None else None
     if wanted == "speed":
         limit = ctx.options.memory_budget
         if limit is None:
@@ -313,15 +356,15 @@ def _choose(
         if limit is None or everything.peak <= limit:
             result.notes.append("everything fits: nothing is replayed")
             return None
-        plan = fastest(chain, limit)
-        if plan is not None:
-            return plan
+        found = fastest_of(forms, limit)
+        if found is not None:
+            return found
         result.notes.append(f"no plan has a predicted peak within {limit:,} bytes: the one with the least is taken")
-    plan = least_peak(chain, tolerance=TOLERANCE)
-    if plan is None or plan.peak >= everything.peak:
+    found = least_peak_of(forms, TOLERANCE)
+    if found is None or found[1].peak >= everything.peak:
         result.notes.append("the predicted peak is elsewhere (weights and their gradients): nothing is replayed")
         return None
-    return plan
+    return found
 
 
 def _within_bytes(chain: Chain, allowed: int, result: RecomputeResult) -> Plan | None:
@@ -354,7 +397,7 @@ def _set(node: fx.Node, policy: CheckpointPolicy) -> None:
 
 
 def _tag(planned: _Planned, plan: Plan) -> int:
-    """Write a plan on the nodes; returns how many states and inputs are replayed."""
+    """Write a plan on the nodes; returns how many states, inputs and coefficients are made again."""
     save, replay = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE
     kept, inputs = set(plan.kept), set(plan.inputs)
     count = 0
@@ -366,7 +409,8 @@ def _tag(planned: _Planned, plan: Plan) -> int:
         for node in state.paths:
             _set(node, replay)
         for node in state.coefficients:
-            _set(node, save)
+            _set(node, TAG if node in planned.again else save)
+            count += node in planned.again
         if state.output is not None:
             for node in _with_bases(state.output):
                 if node.op in ("call_function", "call_method"):
@@ -401,6 +445,11 @@ def _untag_the_rest(graph: fx.Graph, planned: list[_Planned]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what is told
+def _compared(planned: _Planned, device: Device) -> Logits:
+    every = [node for state in planned.states for node in state.coefficients]
+    return compare(planned.remade or every, planned.chain, device, planned.is_alone, planned.refusal)
+
+
 def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
     kept, inputs = set(plan.kept), set(plan.inputs)
     rows = []
@@ -419,7 +468,7 @@ def _rows(chain: int, planned: _Planned, plan: Plan) -> list[StateRow]:
                 site.state,
                 held,
                 site.branch_input,
-                _coefficient_bytes(state),
+                logits.kept_bytes(state, planned.again),
                 _output_bytes(state),
             )
         )

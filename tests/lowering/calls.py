@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mhc_compile.lowering import (
+    activate_again,
     activate_pre,
     activate_pre_norm,
     boundary,
@@ -30,8 +31,8 @@ from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.operands import DEVICE, N, operands
 
 MODULES = (
-    activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project, pre, replay, replay_normed,
-    sinkhorn,
+    activate_again, activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project, pre, replay,
+    replay_normed, sinkhorn,
 )  # fmt: skip
 """Imported for the ops that they register."""
 NAMES = sorted(str(op).removeprefix("mhc_kernel.").removesuffix(".default") for op in KERNEL_OPS)
@@ -83,6 +84,7 @@ def calls(
         "post_pre_norm": [(x, y, *hidden, False, p, *branch, keep) for keep in (False, True)],
         "project": [(x, hi, lo, spec.rows, padded, splits)],
         "activate": [active],
+        "activate_again": [(projection, bias, *alphas, *flat)],
         "activate_pre": [(partial, bias, alphas[0], total, *flat)],
         "activate_pre_norm": [
             (few, bias, *alphas, x, given, *branch, store, store, *flat)

@@ -7,8 +7,9 @@ import importlib
 import pytest
 
 from mhc_compile import cost, ops
+from mhc_compile.passes import logits
 from mhc_compile.passes.recompute import RecomputeResult
-from tests.lowering.liveness import Lowered, lowered_graphs, peak_of
+from tests.lowering.liveness import NARROW, WIDE, Lowered, lowered_graphs, peak_of
 
 pytest.importorskip("transformers")
 
@@ -55,3 +56,39 @@ def test_the_predicted_time_is_that_of_the_calls() -> None:
     assert plan_of(lowered).replay_seconds == pytest.approx(
         sum(cost.seconds(node, cost.CPU) for node in (*calls, expanded)), rel=0.02
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "form"),
+    [
+        (4, WIDE, "logits"),
+        (6, NARROW, "logits"),
+        (6, NARROW, "coefficients"),
+        pytest.param(12, WIDE, "logits", marks=pytest.mark.slow),
+        pytest.param(24, NARROW, "logits", marks=pytest.mark.slow),
+    ],
+    ids=["wide", "narrow", "narrow, both", "12 wide", "24 narrow"],
+)
+def test_the_peak_with_the_logits_alone(
+    layers: int, shape: dict[str, int], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 2 %: made again when their block starts, there until their site has run backward."""
+    monkeypatch.setattr(logits, "FORMS", (form,))
+    lowered = lowered_graphs(layers, shape, recompute="memory")
+    plan = plan_of(lowered)
+    assert plan.logits.chosen == (form == "logits")
+    again = [node for node in lowered.backward.nodes if str(node.target) == "mhc_kernel.activate_again.default"]
+    if (layers, shape) == (4, WIDE):
+        calls = [node for node in lowered.backward.nodes if str(node.target) == "mhc_kernel.replay_normed.default"]
+        assert len(calls) == 2, "as many as with the coefficients kept: see below"
+    assert len(again) == (2 * layers if form == "logits" else 0)
+    assert not any(str(node.target).startswith("mhc_kernel.activate_again") for node in lowered.forward.nodes)
+    measured = max(peak_of(lowered.forward), peak_of(lowered.backward))
+    assert plan.peak == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("shape", "chosen"), [(WIDE, False), (NARROW, True)], ids=["wide", "narrow"])
+def test_narrow_streams_choose_the_logits(shape: dict[str, int], chosen: bool) -> None:
+    plan = plan_of(lowered_graphs(4, shape, recompute="memory"))
+    assert plan.changed > 0
+    assert plan.logits.chosen == chosen

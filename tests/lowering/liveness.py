@@ -23,6 +23,7 @@ from mhc_compile.config import resolve
 from mhc_compile.convert import Conversion, convert
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.inductor import LowerPass
+from mhc_compile.lowering.logits_alone import leave
 
 TOKENS = 4096
 
@@ -77,20 +78,24 @@ class _Stop(Exception):
     """Everything that is wanted is there."""
 
 
-def trunk(layers: int) -> nn.Module:
+WIDE = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128}  # fmt: skip
+NARROW = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1,
+          "head_dim": 32}  # fmt: skip
+"""Streams beside which the coefficients of a token, 24 numbers in float32, are not small."""
+
+
+def trunk(layers: int, shape: dict[str, int]) -> nn.Module:
     """Qwen3 layers with memory that is reserved and never touched."""
     from transformers import Qwen3Config, Qwen3Model
 
-    config = Qwen3Config(
-        hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        num_hidden_layers=layers, vocab_size=1024, use_cache=False,
-    )  # fmt: skip
+    config = Qwen3Config(**shape, num_hidden_layers=layers, vocab_size=1024, use_cache=False)
     with torch.device("meta"):
         model = Qwen3Model(config).to(torch.bfloat16)
     return model.to_empty(device="cpu").train()
 
 
-def lowered_graphs(layers: int, **options: Any) -> Lowered:
+def lowered_graphs(layers: int, shape: dict[str, int] = WIDE, **options: Any) -> Lowered:
     """The graphs with kernels, for a process with Triton's interpreter; `fold_norms` has to be allowed on the CPU."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -107,6 +112,7 @@ def lowered_graphs(layers: int, **options: Any) -> Lowered:
         conversion.gm.recompile()
 
         def partition(joint: fx.GraphModule, joint_inputs: Any, **settings: Any) -> Any:
+            leave(joint.graph)
             pair = min_cut_rematerialization_partition(joint, joint_inputs, **settings)
             log = LoweringLog()
             for part in pair:
@@ -122,7 +128,7 @@ def lowered_graphs(layers: int, **options: Any) -> Lowered:
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     try:
         # A mask of None a layer kind is the causal flash path.
-        torch.compile(trunk(layers), backend=backend, fullgraph=True)(
+        torch.compile(trunk(layers, shape), backend=backend, fullgraph=True)(
             input_ids=ids, attention_mask={"full_attention": None}, use_cache=False
         )
     except Exception:

@@ -28,7 +28,7 @@ def run_interpreted(cases: str, marked: str) -> None:
 @pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "cases", ["cases", "graphs", "few_tokens", "ops", "errors", "strides", "switches", "raised", "memory"]
+    "cases", ["cases", "graphs", "few_tokens", "ops", "errors", "strides", "switches", "raised", "memory", "logits"]
 )
 def test_kernels_under_the_interpreter(cases: str) -> None:
     run_interpreted(cases, "not slow")

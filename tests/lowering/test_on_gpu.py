@@ -198,6 +198,52 @@ def test_recompute_gives_the_same_bits(variant: str) -> None:
         assert torch.equal(off, on)
 
 
+@pytest.mark.parametrize(
+    ("variant", "dtype", "tokens"),
+    [
+        *((variant, torch.bfloat16, tokens) for tokens in (1024, 32) for variant in ("mhc", "single_pass")),
+        ("identity", torch.bfloat16, 1024),
+        ("mhc", torch.float32, 1024),
+        ("single_pass", torch.float16, 1024),
+    ],
+)
+def test_the_logits_alone_give_the_same_bits(
+    variant: str, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients, two steps each: every coefficient kept, made again from its logits, and (in 16 bits) with
+    nothing replayed at all. A site with few tokens has another kernel, which there is no second one for: both are
+    kept."""
+    from torch._inductor import config as inductor
+
+    from mhc_compile.backend import mhc, reports
+    from mhc_compile.passes import logits
+    from mhc_compile.passes.recompute import RecomputeResult
+
+    results = []
+    for form in ("off", "coefficients", "logits"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        monkeypatch.setattr(logits, "FORMS", (form,) if form != "off" else ("coefficients",))
+        model, x = Layers().to(dtype), torch.randn(2, tokens // 2, 256).to(dtype).requires_grad_()
+        states = 2 * tokens * 4 * 256 * dtype.itemsize
+        options = {"variant": variant, "recompute": "off" if form == "off" else states, "init": "paper"}
+        compiled = torch.compile(model, backend=mhc, options=options, fullgraph=True)
+        found = []
+        with inductor.patch(force_disable_caches=True):  # what is lowered is to be seen in the log
+            for _ in range(2):
+                out = compiled(x)
+                out.float().square().sum().backward()
+                found.append(out.detach())
+        results.append([*found, x.grad, *(one.grad for _, one in sorted(model.named_parameters()))])
+        plan = next(one for one in reports[-1].passes if isinstance(one, RecomputeResult))
+        assert plan.logits.chosen == (form == "logits" and tokens > 64), plan.logits.refusal
+        again = reports[-1].log.counts()["activate", "triton"]
+        assert (again > 0) == plan.logits.chosen
+    for off, both, alone in zip(*results, strict=True):
+        assert torch.equal(off, both) or dtype == torch.float32
+        assert torch.equal(both, alone)
+
+
 @pytest.mark.parametrize("variant", ["mhc", "single_pass", "identity"])
 @pytest.mark.parametrize("mode", ["plain", "cudagraphs"])
 def test_compiled_chain_with_few_tokens(mode: str, variant: str) -> None:

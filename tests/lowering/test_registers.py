@@ -21,6 +21,7 @@ REGISTERS = {
     "post_pre_norm": (48, 48),
     "project": (168,),
     "activate": (48,),
+    "activate_again": (48,),
     "activate_pre": (32,),
     "activate_pre_norm": (64, 64, 48),
     "gate_pre_norm": (64, 64),

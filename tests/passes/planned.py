@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from mhc_compile.config import resolve
 from mhc_compile.convert import Conversion, convert
+from mhc_compile.lowering.logits_alone import leave, merge
 from mhc_compile.passes.recompute import RecomputeResult
 from mhc_compile.report import CompileReport
 from tests.passes.models import WIDTH, Block, Stack, tokens
@@ -53,25 +54,34 @@ class Run:
 
         def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
             self.conversion: Conversion = convert(gm, inputs, resolve(options, None))
+
+            def partition(joint: fx.GraphModule, *args: Any, **settings: Any) -> Any:
+                self.left = leave(joint.graph)  # as inductor does at its joint seam
+                return min_cut_rematerialization_partition(joint, *args, **settings)
+
             compiled = aot_autograd(
                 fw_compiler=lambda g, _: make_boxed_func(self._see("forward", g)),
                 bw_compiler=lambda g, _: make_boxed_func(self._see("backward", g)),
-                partition_fn=min_cut_rematerialization_partition,
+                partition_fn=partition,
             )(self.conversion.gm, self.conversion.inputs)
             return lambda *args: compiled(*args, *self.conversion.parameters.values)
 
         torch._dynamo.reset()
         self.graphs: dict[str, fx.Graph] = {}
+        self.merged: dict[str, int] = {}
         torch.manual_seed(11)
         self.output = torch.compile(module, backend=backend)(tokens())
         hyper = self.conversion.parameters.values
-        wanted = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
+        both = [*module.parameters(), *(p for p in hyper if isinstance(p, nn.Parameter))]
+        wanted = [parameter for parameter in both if parameter.requires_grad]
         loss = self.output.square().mean() + (self.output * 0.3).sum()
         self.gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         self.result = plan_of(self.conversion.report)
 
     def _see(self, name: str, graph: fx.GraphModule) -> Any:
         self.graphs[name] = graph.graph
+        self.merged[name] = merge(graph.graph)
+        graph.recompile()
         return graph.forward
 
     def count(self, target: Any) -> int:

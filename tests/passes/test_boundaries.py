@@ -17,9 +17,12 @@ from mhc_compile.passes.boundaries import (
     equal_blocks,
     evaluate,
     fastest,
+    fastest_of,
     fastest_within,
     keep_all,
+    least_bytes,
     least_peak,
+    least_peak_of,
 )
 
 
@@ -63,7 +66,7 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
     count = len(chain.sites)
     masks = np.arange(2 ** (2 * count if inputs else count))
     total, block, held, peak, start = (np.zeros(len(masks), int) for _ in range(5))
-    seconds, legal = np.zeros(len(masks)), np.ones(len(masks), bool)
+    seconds, legal = np.full(len(masks), chain.seconds), np.ones(len(masks), bool)
     for index, site in enumerate(chain.sites):
         kept = (masks >> index & 1).astype(bool)
         whole = (masks >> (count + index) & 1).astype(bool)
@@ -73,14 +76,14 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
         own = np.where(early, site.branch_input, 0)
         total = total + np.where(kept, held + site.cost, 0)
         held = np.where(kept, 0, held)
-        block = np.where(kept, site.rebuilt, block + site.state + own)
+        block = np.where(kept, site.rebuilt, block + site.state + own) + site.again
         goes_on = (index - start - 1) % chain.run != 0
         again = np.where(goes_on, site.run_seconds or site.state_seconds, site.state_seconds)
         seconds += np.where(kept, 0.0 if site.source is None else site.state_seconds, again)
         start = np.where(kept, index, start)
         seconds += np.where(whole, 0.0, np.where(early, site.replay_input(True), site.input_seconds))
         live = np.maximum(site.live + site.branch_input, site.border)
-        peak = np.maximum(peak, live + total + block - own)
+        peak = np.maximum(peak, live + total + block - own + np.where(kept, site.ahead, 0))
         held = held + np.where(whole & early, site.branch_input, 0)
         total = total + np.where(whole & ~early, site.branch_input, 0)
     total = total + held
@@ -92,10 +95,13 @@ def brute(chain: Chain, inputs: bool = False) -> tuple[np.ndarray, np.ndarray, n
 def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> Chain:
     """Chains of all that there is; with `free` a branch input takes no time to replay: none is worth keeping."""
     chain = draw(chains(most, inputs=True))
+    alone = draw(st.booleans())  # the logits, without the coefficients
     sites = [
         dataclasses.replace(
             site,
             border=draw(st.integers(0, 6000)),
+            again=draw(small) if alone else 0,
+            ahead=draw(small) if alone else 0,
             early=index > 0 and draw(st.booleans()),
             input_seconds=0.0 if free else site.input_seconds,
             early_seconds=None if free else draw(st.one_of(st.none(), st.integers(1, 50).map(float))),
@@ -103,7 +109,8 @@ def chains_with_early_inputs(draw: st.DrawFn, most: int, free: bool = False) -> 
         )
         for index, site in enumerate(chain.sites)
     ]
-    return Chain(tuple(sites), chain.head, draw(st.integers(1, 4)))
+    extra = float(draw(st.integers(0, 50))) if alone else 0.0
+    return Chain(tuple(sites), chain.head, draw(st.integers(1, 4)), extra)
 
 
 @given(chains_with_early_inputs(6), st.integers(0, 2**12 - 1))
@@ -264,6 +271,58 @@ def test_a_call_replays_several_states() -> None:
     alone = dataclasses.replace(chain.sites[2], run_seconds=None)
     mixed = dataclasses.replace(chain, sites=(*chain.sites[:2], alone, *chain.sites[3:]))
     assert evaluate(mixed, ()).seconds == 4 * 9 + 7 * 5 + 12
+
+
+@st.composite
+def two_forms(draw: st.DrawFn) -> tuple[Chain, Chain]:
+    """A chain, and the same with less live and something to make again."""
+    kept = draw(chains_with_early_inputs(6))
+    plain = tuple(dataclasses.replace(site, again=0, ahead=0) for site in kept.sites)
+    kept = dataclasses.replace(kept, sites=plain, seconds=0.0)
+    sites = []
+    for index, site in enumerate(kept.sites):
+        saved = draw(st.integers(0, 500)) * (index + 1)
+        less = {"live": max(site.live - saved, 0), "border": max(site.border - saved, 0)}
+        more = {"again": draw(st.integers(0, 500)), "ahead": draw(st.integers(0, 500))}
+        sites.append(dataclasses.replace(site, **less, **more))
+    more = {"head": max(kept.head - 500, 0), "seconds": draw(st.floats(0, 100))}
+    return kept, dataclasses.replace(kept, sites=tuple(sites), **more)
+
+
+@given(two_forms(), st.floats(0, 1), st.sampled_from(TOLERANCES))
+@settings(max_examples=150, deadline=None)
+def test_of_two_forms_the_fastest(forms: tuple[Chain, Chain], share: float, tolerance: float) -> None:
+    """Each choice of what is kept in both forms: those near the least peak of all, those within a limit."""
+    every = [brute(form, inputs=True) for form in forms]
+    peak, seconds = (np.concatenate([found[index] for found in every]) for index in (0, 2))
+    assert min(map(least_bytes, forms)) == peak.min()
+    near, some = peak.min() * (1 + tolerance), peak.min() + share * (peak.max() - peak.min())
+    for limit, found in ((near, least_peak_of(forms, tolerance)), (some, fastest_of(forms, some))):
+        assert found is not None
+        which, plan = found
+        assert plan.peak <= limit
+        assert plan.seconds == pytest.approx(seconds[peak <= limit].min())
+        assert evaluate(forms[which], plan.kept, plan.inputs) == plan
+    assert fastest_of(forms, peak.min() - 1) is None
+
+
+def test_of_equals_the_first_form() -> None:
+    chain = equal(4)
+    assert least_peak_of([chain, chain], 0.5)[0] == 0
+    assert least_peak_of([chain, dataclasses.replace(chain, seconds=1e-9)], 0.5)[0] == 0
+    assert least_peak_of([]) is None
+
+
+def test_what_is_made_again_is_live_with_its_block() -> None:
+    """From the start of the block, above the boundary too; a site early where the boundary is mixed by it."""
+    sites = [Site(100, 0, 0, 1.0, 0.0, again=10 ** (index + 3)) for index in range(3)]
+    chain = Chain(tuple(sites), seconds=5.0)
+    assert evaluate(chain, (0,)).peak == 111_000 + 300
+    assert evaluate(chain, (0, 1, 2)).peak == 10**5 + 300
+    assert evaluate(chain, (0, 1, 2)).seconds == 5.0
+    ahead = dataclasses.replace(sites[2], ahead=7)
+    assert evaluate(Chain((*sites[:2], ahead)), (0, 2)).peak == 10**5 + 200 + 7
+    assert evaluate(Chain((*sites[:2], ahead)), (0,)).peak == 111_000 + 300
 
 
 def test_the_paper_s_closed_form() -> None:
