@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mhc_compile import compat
+from mhc_compile.compat import inductor as inductor_compat
 from tests.tiny import compiled, ids, tiny
 
 
@@ -377,7 +378,7 @@ def test_a_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(kernel)
         return [name for name in kwargs if name.startswith("out")]
 
-    there = [name for name in compat._ANALYSES if hasattr(triton_kernel_wrap, name)]
+    there = [name for name in inductor_compat._ANALYSES if hasattr(triton_kernel_wrap, name)]
     assert there, "torch has moved the analysis of a kernel"
     for name in there:
         monkeypatch.setattr(triton_kernel_wrap, name, analysis)
@@ -416,7 +417,7 @@ def test_inductor_looks_the_analysis_up_when_it_asks() -> None:
     from torch._inductor import ir
 
     source = inspect.getsource(ir.UserDefinedTritonKernel.__init__)
-    assert any(f"import {name}" in source or f"{name}," in source for name in compat._ANALYSES), source
+    assert any(f"import {name}" in source or f"{name}," in source for name in inductor_compat._ANALYSES), source
 
 
 def test_fused_operations_round_where_they_are_told_to() -> None:
