@@ -1,6 +1,6 @@
 """Every private seam of torch that this package uses, in one place.
 
-Each function says what it reads and in which versions that was seen; ``tests/test_compat.py`` fails loudly when one
+Each function says what it reads and in which versions that was seen; ``tests/compat`` fails loudly when one
 moves. Nothing here changes torch but `remember_kernel_analysis`, which puts a memo around one of its functions, and
 `keep_rounding_in_cpp`, which mends one of its settings.
 """
