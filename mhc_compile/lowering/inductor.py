@@ -207,9 +207,9 @@ class LeavePass(CustomGraphPass):
 
 class LaunchPass(CustomGraphPass):
     """Last of inductor's graph passes: gives a gate that the scheduler has set free to the kernel that reads it, and
-    opens our kernels' opaque calls into launches (they mutate their outputs, and
-    the passes before this one expect a functional graph), each with its setting: the fixed one, with the option
-    `autotune` the one that was measured (see `tune`)."""
+    opens our kernels' opaque calls into launches (they mutate their outputs, and the passes before this one expect a
+    functional graph), each with its setting: the fixed one, with the option `autotune` the one that was measured (see
+    `tune`)."""
 
     def __init__(self, log: LoweringLog, options: Any = None) -> None:
         self.log = log
