@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mhc_compile.ops.spec import CoefficientSpec
 
+from .coefficients import halves
 from .coefficients_backward import phi_gradient
 from .launch import by_token, dot, hint, kernel_op, launch_tuned, nonempty
 
@@ -60,7 +61,7 @@ def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
@@ -121,6 +122,10 @@ def streams_backward_kernel(
                 core_total = dot(dm, phis[i], total)
                 if TWO:
                     core_total = dot(low, phis[i], core_total)
+                if FINE:
+                    offsets = (KP + ks)[:, None] * (N * CP) + i * CP + columns
+                    rest = tl.load(phi_ptr + offsets, mask=columns < CP, other=0.0)
+                    core_total = dot(dm, rest, core_total)
                 total = dealt(core_total, BT, BC, WARPS) + multiple * xs[i].to(tl.float32)
             if POST:
                 if HAS_RES:
@@ -170,17 +175,28 @@ def streams_others(tokens: int, width: int, itemsize: int, streams: int = 4) -> 
     return [*walks, _streams_setting(32, span, 2, 2), _streams_setting(128, span, 8, 8)]
 
 
-def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
-    """phi [K, nC] -> [KP, n, C rounded up to 32] in `dtype`, zero-padded, columns in the order that `dealt` undoes.
+def dealt_phi(phi: Tensor, dtype: torch.dtype, streams: int, fine: bool = False) -> Tensor:
+    """phi [K, nC] -> [KP, n, C rounded up to 32] in `dtype`, zero-padded, columns in the order that `dealt` undoes;
+    `fine`: [2 KP, ..], what the rounding to `dtype` has left over below.
 
-    One bf16 copy is enough here: its rounding is that of one term of a gradient that is rounded to bf16 itself.
+    One bf16 copy is enough for streams in bf16: its rounding is that of one term of a gradient that is rounded to bf16
+    itself. Streams in float16 have 3 bits more (and dm, whose range float16 does not have, is in two bf16 halves).
     """
     rows, width = phi.shape[0], phi.shape[1] // streams
     padded = triton.cdiv(width, GROUP) * GROUP
-    copy = phi.to(dtype).reshape(rows, streams, width)
-    copy = torch.nn.functional.pad(copy, (0, padded - width, 0, 0, 0, padded_width(rows) - rows))
-    groups = copy.reshape(padded_width(rows), streams, padded // GROUP, 4, 4, 2)
-    return groups.transpose(3, 4).reshape(padded_width(rows), streams, padded)
+    copies = halves(phi, dtype) if fine else (phi.to(dtype),)
+    planes = []
+    for copy in copies:
+        plane = copy.reshape(rows, streams, width)
+        plane = torch.nn.functional.pad(plane, (0, padded - width, 0, 0, 0, padded_width(rows) - rows))
+        groups = plane.reshape(padded_width(rows), streams, padded // GROUP, 4, 4, 2)
+        planes.append(groups.transpose(3, 4).reshape(padded_width(rows), streams, padded))
+    return torch.cat(planes) if fine else planes[0]
+
+
+def rows_of_phi(dm: Tensor) -> int:
+    """KP of dm [T, 2 KP] in two halves, or [T, KP] float32."""
+    return dm.shape[1] if dm.dtype == torch.float32 else dm.shape[1] // 2
 
 
 @kernel_op("streams_backward")
@@ -198,13 +214,13 @@ def streams_backward(
     """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given.
 
     grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T,
-    KP] float32) with phi [KP, n, CP] from `dealt_phi` and multiple [T].
+    KP] float32) with phi [KP, n, CP] (or [2 KP, n, CP]) from `dealt_phi` and multiple [T].
     """
     x = by_token(streams, 2)
     tokens, n, width = x.shape
     out = torch.empty_like(x)
     if nonempty(tokens):
-        padded = 16 if phi is None else phi.shape[0]
+        padded = 16 if dm is None else rows_of_phi(dm)
         shape = (hint(tokens), width, x.element_size(), n)
         launch_tuned(
             streams_backward_kernel,
@@ -229,6 +245,7 @@ def streams_backward(
             PRE=du is not None,
             COEFFICIENTS=dm is not None,
             TWO=dm is not None and dm.shape[1] == 2 * padded,
+            FINE=phi is not None and phi.shape[0] == 2 * padded,
             config=streams_config(*shape),
             others=functools.partial(streams_others, *shape),
         )
@@ -263,7 +280,8 @@ def coefficients_pieces(*args: Any) -> tuple[Tensor, ...]:
     grads, x, phi, bias, alphas, projection, needs, spec = split_backward_arguments(args)
     dm, multiple, sums = logits_gradients(grads, x, bias, alphas, projection, spec, args[11:])
     parameters = parameter_gradients(dm, sums, x, phi, bias, alphas, spec, needs)
-    return (x.new_empty(0), *parameters, dm, dealt_phi(phi, dm.dtype, x.shape[-2]), multiple)
+    fine = x.dtype == torch.float16
+    return (x.new_empty(0), *parameters, dm, dealt_phi(phi, dm.dtype, x.shape[-2], fine), multiple)
 
 
 def coefficients_backward(*args: Any) -> tuple[Tensor, ...]:

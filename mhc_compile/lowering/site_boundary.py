@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from .base import VIEWS, LoweringLog, arguments, fake
-from .boundary import GROUP, scalars
+from .boundary import GROUP, rows_of_phi, scalars
 from .inline import give, insert_function
 from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_side
 
@@ -59,7 +59,7 @@ def site_boundary_kernel(
     x_ptr, y_ptr, post_ptr, mix_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr,
     dy_ptr, sums_ptr, tokens, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
     WIDTH: tl.constexpr, BT: tl.constexpr, SPAN: tl.constexpr, K: tl.constexpr, HAS_RES: tl.constexpr,
-    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels (a divisor of C) in steps of 32, all streams. The C // SPAN programs of a token
     take turns: in one step they read 32 channels each, side by side, so that a page of memory is open once."""
@@ -126,6 +126,9 @@ def site_boundary_kernel(
         total = dot(dm, phi, tl.zeros((2 * BT, 16 * N), dtype=tl.float32))
         if TWO:
             total = dot(low, phi, total)
+        if FINE:
+            rest = tl.load(phi_ptr + KP * (N * CP) + phi_offsets + first, mask=real, other=0.0)
+            total = dot(dm, rest, total)
         totals = dealt_streams(total, BT)
         for i in tl.static_range(N):
             value = totals[i] + p[i] * du + cq[i] * y
@@ -210,12 +213,13 @@ def site_boundary(
     dh_pre).
 
     Site l: grad dX' [..., n, C], h_res [..., n, n] or None, du [..., C], h_pre [..., n], dm [T, 2 KP], phi [KP, n, C]
-    from `dealt_phi`, multiple [T]. Site l - 1: streams [..., n, C], y [..., C], h_post
+    (or [2 KP, n, C]) from `dealt_phi`, multiple [T]. Site l - 1: streams [..., n, C], y [..., C], h_post
     [..., n], mix (its H) [..., n, n] or None.
     """
     g, x, branch = by_token(grad, 2), by_token(streams, 2), by_token(y, 1)
     tokens, n, width = x.shape
-    most = min(phi.shape[0], n * (n + 2))  # rows of phi that are not padding, whatever the layout
+    padded = rows_of_phi(dm)
+    most = min(padded, n * (n + 2))  # rows of phi that are not padding, whatever the layout
     out, dy = torch.empty_like(g), torch.empty_like(branch)
     sums = torch.empty((partial_sums(width), tokens, sums_of(n, mix, dots)), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
@@ -225,8 +229,8 @@ def site_boundary(
             site_boundary_kernel, grid, x, branch, by_token(h_post, 1), x if mix is None else by_token(mix, 2), g,
             x if h_res is None else by_token(h_res, 2), by_token(du, 1), by_token(h_pre, 1), dm.contiguous(),
             phi.contiguous(), multiple.contiguous(), out, dy, sums, tokens, C=width, CP=phi.shape[2], N=n,
-            KP=phi.shape[0], WIDTH=dm.shape[1], K=most, HAS_RES=mix is not None, TRANSPOSE=transpose,
-            TWO=dm.shape[1] == 2 * phi.shape[0], DOTS=dots, **settings,
+            KP=padded, WIDTH=dm.shape[1], K=most, HAS_RES=mix is not None, TRANSPOSE=transpose,
+            TWO=dm.shape[1] == 2 * padded, FINE=phi.shape[0] == 2 * padded, DOTS=dots, **settings,
         )  # fmt: skip
     return out.view(grad.shape), dy.view(y.shape), sums
 

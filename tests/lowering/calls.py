@@ -68,7 +68,7 @@ def calls(
     def gated(norms: int) -> tuple[list[torch.Tensor], ...]:
         return [p] * norms, [weight] * norms, [weight] * norms if norm == "layer" else []
 
-    biased, dealt, hidden = norm == "layer", boundary.dealt_phi(phi, dm.dtype, n), (q, h)
+    biased, dealt, hidden = norm == "layer", boundary.dealt_phi(phi, dm.dtype, n, dtype == torch.float16), (q, h)
     own = list((spec.sinkhorn or SinkhornSpec()).op_arguments().values())
     few = torch.ops.mhc_kernel.post_project(x, y, *hidden, False, phi, padded)[1]
     found: dict[str, list[tuple[Any, ...]]] = {

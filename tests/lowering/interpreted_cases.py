@@ -336,9 +336,10 @@ def test_few_tokens_split_the_channels() -> None:
     check(coefficients.forward(*args, *flat), ops.coefficients.native(*map(double, args), *flat), 1e-4)
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("width", [70, 288])
-def test_stream_gradient_in_one_pass(width: int) -> None:
-    """All terms at once equal the sum of the terms, in fewer roundings."""
+def test_stream_gradient_in_one_pass(width: int, fine: bool) -> None:
+    """All terms at once equal the sum of the terms, in fewer roundings; `fine`: phi with what its rounding leaves."""
     n, tokens = 4, 21
     spec = CoefficientSpec()
     x, g = torch.randn(tokens, n, width).bfloat16(), torch.randn(tokens, n, width).bfloat16()
@@ -346,12 +347,15 @@ def test_stream_gradient_in_one_pass(width: int) -> None:
     phi, multiple = torch.randn(spec.rows, n * width), torch.randn(tokens)
     dm = torch.zeros(tokens, 64, dtype=torch.bfloat16)
     dm[:, : spec.rows] = torch.randn(tokens, spec.rows).bfloat16()
-    dealt = boundary.dealt_phi(phi, torch.bfloat16, n)
+    dealt = boundary.dealt_phi(phi, torch.bfloat16, n, fine)
     got = boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple)
     want = torch.einsum("toi,toc->tic", h.double(), g.double()) + p.double()[..., None] * du.double()[:, None]
-    want += (dm[:, : spec.rows].double() @ phi.bfloat16().double()).view(tokens, n, width)
+    want += (dm[:, : spec.rows].double() @ (phi if fine else phi.bfloat16()).double()).view(tokens, n, width)
     want += multiple.double()[:, None, None] * x.double()
     check(got, want, 6e-3)
+    alone = boundary.streams_backward(x.float().half(), None, None, False, None, None, dm, dealt, 0 * multiple)
+    want = (dm[:, : spec.rows].double() @ phi.double()).view(tokens, n, width)
+    check(alone, want, 4e-4 if fine else 4e-3)
 
 
 def test_non_contiguous_inputs() -> None:
@@ -379,14 +383,15 @@ def test_site_boundary(width: int, tokens: int, transpose: bool, mixed: bool, dt
     halves = torch.zeros(tokens, 2 * padded, dtype=dtype)
     halves[:, :rows] = dm.to(dtype)
     halves[:, padded : padded + rows] = (dm - dm.to(dtype).float()).to(dtype)
-    args = (grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n), c, x, y, q, mix, transpose)
+    fine = dtype == torch.float16
+    args = (grad, h, du, p, halves, boundary.dealt_phi(phi, dtype, n, fine), c, x, y, q, mix, transpose)
     got, more = site_boundary.site_boundary(*args), site_boundary.site_boundary(*args, True)
     assert all(torch.equal(one, other) for one, other in zip(got[:2], more[:2], strict=True))
     g, x, y, du, p, q, c, dm = (value.double() for value in (grad, x, y, du, p, q, c, dm))
     eye = torch.eye(n, dtype=torch.float64).expand(tokens, n, n)
     to, back = (eye if m is None else m.double().mT if transpose else m.double() for m in (h, mix))
     state = back @ x + q[..., None] * y[:, None]
-    projected = (dm @ phi.to(dtype).double()).view(tokens, n, width)
+    projected = (dm @ (phi if fine else phi.to(dtype)).double()).view(tokens, n, width)
     dx = to.mT @ g + p[..., None] * du[:, None] + projected + c[:, None, None] * state
     d_mix = dx @ x.mT
     flat = (d_mix.mT if transpose else d_mix).flatten(1)

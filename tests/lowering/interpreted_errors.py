@@ -140,9 +140,6 @@ OPS = ("post", "pre", "pre_norm", "sinkhorn", "coefficients")
 def test_the_error_is_no_more_than_eagers_own(op: str, backward: bool) -> None:
     """Streams in 16 bits, against float64: the median over results at most 1, none beyond 1.5 times."""
     ratios = [error(own, exact) / error(theirs, exact) for own, theirs, exact in compared(op, backward)]
-    if (op, backward, NARROW) == ("coefficients", True, torch.float16):
-        # dX meets phi in bf16, whatever the streams are in: the 8 bits of a bf16 gradient, where eager has 11.
-        assert ratios.pop(0) <= 5.0
     ratios.sort()
     # Sinkhorn is float32 for a model too: the kernel divides once for a line, and multiplies.
     assert ratios[len(ratios) // 2] <= (1.5 if op == "sinkhorn" else 1.0), ratios

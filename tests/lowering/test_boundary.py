@@ -20,8 +20,8 @@ def test_stays_out_of_shared_memory() -> None:
     constants = {"C": WIDTH, "N": 4, "KP": 32, "WIDTH": 64, "WARPS": warps, "TRANSPOSE": False, **config}
     constants |= dict.fromkeys(("POST", "HAS_RES", "PRE", "COEFFICIENTS"), True)
     kernel = boundary.streams_backward_kernel
-    for two in (False, True):
-        constants["TWO"] = two
+    for two, fine in ((False, False), (True, False), (True, True)):
+        constants |= {"TWO": two, "FINE": fine}
         made = compile_for_hopper(kernel, pointers, TOKENS, constants, num_warps=warps, num_stages=stages)
         assert made.stack == 0
         assert "ld.shared" not in made.ptx, "the tensor core's layout is the one of the loads: see dealt"
