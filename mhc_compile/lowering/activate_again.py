@@ -1,7 +1,7 @@
 """``activate`` once more from the projection that was kept, for a backward that keeps no coefficients.
 
-The same functions of the same numbers in the same layout as ``activate_kernel``, hence the same bits: the projection
-[T, K + 1] is read where that one reads partial sums, and r, its last column, is there already.
+`write_coefficients` as in ``activate_kernel``, of the same numbers in the same layout, hence the same bits: the
+projection [T, K + 1] is read where that one reads partial sums, and r, its last column, is there already.
 Traffic, n = 4: 25 numbers a token read, 24 written; bound by the latency of Sinkhorn's half steps.
 """
 
@@ -19,11 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mhc_compile.ops.activate import split
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA, empty_coefficients
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, gate, part_logits, spec_of
+from .coefficients import (
+    activation_constants,
+    in_batch,
+    spec_of,
+    write_coefficients,
+)
 from .launch import STREAMS, by_token, kernel_op, launch, nonempty
-from .sinkhorn import iterate, tokens_a_program
+from .sinkhorn import tokens_a_program
 
 
 def refusal(named: dict[str, Any]) -> str:
@@ -46,34 +52,14 @@ def activate_again_kernel(
 ) -> None:  # fmt: skip
     """Program: TOKENS tokens from their projections to pre, post and res."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    there = token < tokens
-    base = token * (K + 1)
     r = tl.full((TOKENS,), 1.0, dtype=tl.float32)
     if NORM != 2:  # else a constant, as in the other kernel, where the division by it is none
-        r = tl.load(projection_ptr + base + K, mask=there, other=1.0)
-    line = tl.arange(0, NP)
-    lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
-    mask = there[:, None] & (lines < N)
-    if PRE >= 0:
-        _, p = part_logits(projection_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
-                           r[:, None], tokens, PRE, K + 1, 1)  # fmt: skip
-        p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
-        tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
-    if POST >= 0:
-        _, q = part_logits(projection_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
-                           r[:, None], tokens, POST, K + 1, 1)  # fmt: skip
-        q = gate(q, SIGMOID, POST_SCALE, POST_EPS)
-        tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
-    if RES >= 0:
-        row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
-        cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
-        valid = (row < N) & (column < N) & (cells >= 0)
-        mask3 = valid & there[:, None, None]
-        _, s = part_logits(projection_ptr, bias_ptr, alpha_res_ptr, base[:, None, None] + RES + cells, RES + cells,
-                           mask3, r[:, None, None], tokens, RES, K + 1, 1)  # fmt: skip
-        if SINKHORN:
-            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
-        tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
+        r = tl.load(projection_ptr + token * (K + 1) + K, mask=token < tokens, other=1.0)
+    write_coefficients(
+        projection_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr,
+        projection_ptr, token, r, tokens, 1, TOKENS, N, NP, K, K + 1, PRE, POST, RES, SIGMOID, PRE_SCALE, PRE_EPS,
+        POST_SCALE, POST_EPS, SINKHORN, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, False,
+    )  # fmt: skip
 
 
 _PROJECTED = ("KP", "NORM_EPS")
@@ -92,8 +78,8 @@ def activate_again(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """projection [T, K + 1] -> (pre [T, n] float32, post [T, n], res [T, n, n]), as ``mhc_kernel::activate``."""
     spec = spec_of(flat)
-    h_pre, h_post, h_res = _results(projection, spec)
     tokens = projection.shape[0]
+    h_pre, h_post, h_res = empty_coefficients(projection, [tokens], spec, torch.float32)
     if nonempty(tokens):
         block = tokens_a_program(spec.streams)
         constants = activation_constants(spec)
@@ -110,27 +96,13 @@ def activate_again(
 def _(
     projection: Tensor, bias: Tensor, alpha_pre: Tensor, alpha_post: Tensor | None, alpha_res: Tensor | None, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(projection, spec_of(flat))
-
-
-def _results(projection: Tensor, spec: CoefficientSpec) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, n, mix = projection.shape[0], spec.streams, spec.mix_dtype or torch.float32
-    return (
-        projection.new_empty((tokens, spec.part_size("pre"))),
-        projection.new_empty((tokens, spec.part_size("post")), dtype=mix),
-        projection.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix),
-    )
+    return empty_coefficients(projection, projection.shape[:1], spec_of(flat), torch.float32)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of `mhc::activate` -> its results (traced into the graph)."""
     projection, bias, alphas, spec = split(args)
-    batch, n = projection.shape[:-1], spec.streams
-    h_pre, h_post, h_res = torch.ops.mhc_kernel.activate_again.default(
+    results = torch.ops.mhc_kernel.activate_again.default(
         by_token(projection, 1), bias, alphas["pre"], alphas["post"], alphas["res"], *args[5:]
     )
-    return (
-        h_pre.reshape(*batch, spec.part_size("pre")),
-        h_post.reshape(*batch, spec.part_size("post")),
-        h_res.reshape(*batch, n, n if "res" in spec.parts else 0),
-    )
+    return in_batch(projection.shape[:-1], spec, *results)

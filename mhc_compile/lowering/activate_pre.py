@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, gate, lengths, part_logits, spec_of
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+
+from .coefficients import activation_constants, gate, lengths, part_logits, spec_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import tokens_a_program
 

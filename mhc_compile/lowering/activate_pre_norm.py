@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+
 from . import pre_norm
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, gate, length, logits, spec_of
+from .coefficients import activation_constants, gate, length, logits, spec_of
 from .launch import by_token, kernel_op, launch, load_raw, load_scalars, load_streams, nonempty, store_row
 from .pre_norm import mixed, write_normed
 from .sinkhorn import iterate

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA, ATTRIBUTES, empty_coefficients, split_arguments
 from mhc_compile.ops.spec import CoefficientSpec
 
 from .launch import FLOATS, STREAMS, by_token, dot, hint, kernel_op, launch, launch_tuned, nonempty, tokens_of
@@ -160,6 +161,50 @@ def part_logits(
 
 
 @triton.jit
+def write_coefficients(
+    partial_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, projection_ptr,
+    token, r, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr, SIGMOID: tl.constexpr,
+    PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr, POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr,
+    SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr,
+    STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, PROJECTION: tl.constexpr,
+) -> None:  # fmt: skip
+    """pre, post and res of the tokens `token` [TOKENS] with lengths `r`, from rows of KP sums each; PROJECTION: and the
+    sums over the splits."""
+    there = token < tokens
+    base = token * KP
+    line = tl.arange(0, NP)
+    lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
+    mask = there[:, None] & (lines < N)
+    if PRE >= 0:
+        m, p = part_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
+                           r[:, None], tokens, PRE, KP, SPLITS)  # fmt: skip
+        if PROJECTION:
+            tl.store(projection_ptr + token[:, None] * (K + 1) + PRE + lines, m, mask=mask)
+        p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
+        tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
+    if POST >= 0:
+        m, q = part_logits(partial_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
+                           r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
+        if PROJECTION:
+            tl.store(projection_ptr + token[:, None] * (K + 1) + POST + lines, m, mask=mask)
+        q = gate(q, SIGMOID, POST_SCALE, POST_EPS)
+        tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
+    if RES >= 0:
+        row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
+        cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
+        valid = (row < N) & (column < N) & (cells >= 0)
+        mask3 = valid & there[:, None, None]
+        m, s = part_logits(partial_ptr, bias_ptr, alpha_res_ptr, base[:, None, None] + RES + cells, RES + cells, mask3,
+                           r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
+        if PROJECTION:
+            tl.store(projection_ptr + token[:, None, None] * (K + 1) + RES + cells, m, mask=mask3)
+        if SINKHORN:
+            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
+        tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
+
+
+@triton.jit
 def activate_kernel(
     partial_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, projection_ptr,
     tokens, TOTAL: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
@@ -170,36 +215,13 @@ def activate_kernel(
 ) -> None:  # fmt: skip
     """Program: TOKENS tokens from partial projections to pre, post, res and the projection that the backward needs."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    there = token < tokens
-    base = token * KP
-    r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
-    tl.store(projection_ptr + token * (K + 1) + K, r, mask=there)
-    line = tl.arange(0, NP)
-    lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
-    mask = there[:, None] & (lines < N)
-    if PRE >= 0:
-        m, p = part_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
-                           r[:, None], tokens, PRE, KP, SPLITS)  # fmt: skip
-        tl.store(projection_ptr + token[:, None] * (K + 1) + PRE + lines, m, mask=mask)
-        p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
-        tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
-    if POST >= 0:
-        m, q = part_logits(partial_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
-                           r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
-        tl.store(projection_ptr + token[:, None] * (K + 1) + POST + lines, m, mask=mask)
-        q = gate(q, SIGMOID, POST_SCALE, POST_EPS)
-        tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
-    if RES >= 0:
-        row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
-        cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
-        valid = (row < N) & (column < N) & (cells >= 0)
-        mask3 = valid & there[:, None, None]
-        m, s = part_logits(partial_ptr, bias_ptr, alpha_res_ptr, base[:, None, None] + RES + cells, RES + cells, mask3,
-                           r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
-        tl.store(projection_ptr + token[:, None, None] * (K + 1) + RES + cells, m, mask=mask3)
-        if SINKHORN:
-            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
-        tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
+    r = lengths(partial_ptr, token * KP, token < tokens, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
+    tl.store(projection_ptr + token * (K + 1) + K, r, mask=token < tokens)
+    write_coefficients(
+        partial_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, projection_ptr,
+        token, r, tokens, SPLITS, TOKENS, N, NP, K, KP, PRE, POST, RES, SIGMOID, PRE_SCALE, PRE_EPS, POST_SCALE,
+        POST_EPS, SINKHORN, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, True,
+    )  # fmt: skip
 
 
 def project_tile(tokens: int, padded: int, itemsize: int) -> tuple[int, int]:
@@ -270,19 +292,27 @@ def _(x: Tensor, phi_hi: Tensor, phi_lo: Tensor | None, rows: int, padded: int, 
     return x.new_empty((splits, tokens_of(x), padded), dtype=torch.float32)
 
 
+def in_batch(
+    batch: Any, spec: CoefficientSpec, h_pre: Tensor, h_post: Tensor, h_res: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients by token, [T, ..], as [*batch, ..]."""
+    n = spec.streams
+    return (
+        h_pre.reshape(*batch, spec.part_size("pre")),
+        h_post.reshape(*batch, spec.part_size("post")),
+        h_res.reshape(*batch, n, n if "res" in spec.parts else 0),
+    )
+
+
 def run_activate(
     partial: Tensor, bias: Tensor, alphas: dict[str, Tensor | None], spec: CoefficientSpec, total: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """partial [S, T, KP] -> (pre [T, n], post [T, n], res [T, n, n], projection [T, K + 1])."""
     splits, tokens, _ = partial.shape
-    n = spec.streams
-    mix = spec.mix_dtype or torch.float32
-    h_pre = partial.new_empty((tokens, spec.part_size("pre")))
-    h_post = partial.new_empty((tokens, spec.part_size("post")), dtype=mix)
-    h_res = partial.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix)
+    h_pre, h_post, h_res = empty_coefficients(partial, [tokens], spec, torch.float32)
     projection = partial.new_empty((tokens, spec.rows + 1))
     if nonempty(tokens):
-        block = tokens_a_program(n)
+        block = tokens_a_program(spec.streams)
         a = {part: bias if alpha is None else alpha for part, alpha in alphas.items()}
         launch(
             activate_kernel, (triton.cdiv(tokens, block),),
@@ -292,18 +322,8 @@ def run_activate(
     return h_pre, h_post, h_res, projection
 
 
-_ATTRIBUTES = (
-    "str layout, int streams, str norm, float norm_eps, str gate, float pre_scale, float pre_eps, float post_scale, "
-    "float post_eps, str res, ScalarType? mix_dtype, str sinkhorn_positivity, float sinkhorn_positive_eps, "
-    "str sinkhorn_first, int sinkhorn_steps, float sinkhorn_eps, str sinkhorn_eps_mode"
-)
-ATTRIBUTE_SCHEMA = _ATTRIBUTES
-
-
 def spec_of(flat: tuple[Any, ...]) -> CoefficientSpec:
     """The attributes in schema order -> the spec."""
-    from mhc_compile.ops.coefficients import ATTRIBUTES
-
     return CoefficientSpec.from_op_arguments(dict(zip(ATTRIBUTES, flat, strict=True)))
 
 
@@ -311,7 +331,7 @@ def spec_of(flat: tuple[Any, ...]) -> CoefficientSpec:
     "activate",
     schema=(
         "(Tensor partial, Tensor bias, Tensor alpha_pre, Tensor? alpha_post, Tensor? alpha_res, int total, "
-        f"{_ATTRIBUTES}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"{ATTRIBUTE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def activate(
@@ -328,14 +348,8 @@ def _(
     partial: Tensor, bias: Tensor, alpha_pre: Tensor, alpha_post: Tensor | None, alpha_res: Tensor | None, total: int,
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    spec = spec_of(flat)
-    tokens, n, mix = partial.shape[1], spec.streams, spec.mix_dtype or torch.float32
-    return (
-        partial.new_empty((tokens, spec.part_size("pre"))),
-        partial.new_empty((tokens, spec.part_size("post")), dtype=mix),
-        partial.new_empty((tokens, n, n if "res" in spec.parts else 0), dtype=mix),
-        partial.new_empty((tokens, spec.rows + 1)),
-    )
+    spec, tokens = spec_of(flat), partial.shape[1]
+    return (*empty_coefficients(partial, [tokens], spec, torch.float32), partial.new_empty((tokens, spec.rows + 1)))
 
 
 def partials(x: Tensor, phi: Tensor, spec: CoefficientSpec) -> Tensor:
@@ -349,18 +363,10 @@ def partials(x: Tensor, phi: Tensor, spec: CoefficientSpec) -> Tensor:
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments of `mhc::coefficients` -> its results, by `project` and `activate` (traced into the graph)."""
-    from mhc_compile.ops.coefficients import split_arguments
-
     x, phi, bias, alphas, spec = split_arguments(args)
     batch, total = x.shape[:-2], phi.shape[1]
     partial = partials(x, phi, spec)
-    h_pre, h_post, h_res, projection = torch.ops.mhc_kernel.activate.default(
+    *coefficients, projection = torch.ops.mhc_kernel.activate.default(
         partial, bias, alphas["pre"], alphas["post"], alphas["res"], total, *args[6:]
     )
-    n = spec.streams
-    return (
-        h_pre.reshape(*batch, spec.part_size("pre")),
-        h_post.reshape(*batch, spec.part_size("post")),
-        h_res.reshape(*batch, n, n if "res" in spec.parts else 0),
-        projection.reshape(*batch, spec.rows + 1),
-    )
+    return (*in_batch(batch, spec, *coefficients), projection.reshape(*batch, spec.rows + 1))

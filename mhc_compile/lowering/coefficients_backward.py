@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, padded_rows, spec_of
+from .coefficients import activation_constants, padded_rows, spec_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import iterate_backward, tokens_a_program
 

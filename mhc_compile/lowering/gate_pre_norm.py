@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, fx
 
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+
 from .activate_pre import CONSTANTS, token_gates
 from .base import VIEWS, LoweringLog, arguments
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, spec_of
+from .coefficients import activation_constants, spec_of
 from .inline import insert_function, replace
 from .launch import by_token, kernel_op, launch, nonempty
 from .pre_norm import columns, config, mix_and_norm

@@ -22,15 +22,20 @@ from mhc_compile.compat import inductor_decompositions
 from .base import fake, origin
 
 
+def faking(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The mode of the first fake tensor among `values`, to allocate in; nothing without one."""
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return mode if mode is not None else contextlib.nullcontext()
+
+
 def trace(function: Callable[..., Any], nodes: Sequence[fx.Node], prune: bool = True) -> fx.GraphModule:
     """`function` over the fake values of `nodes`, as an ATen graph decomposed the way inductor wants it.
 
     `prune` drops dead code; not for a body that launches kernels, which torch 2.11 takes for dead.
     """
     values = [node.meta["val"] for node in nodes]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     # What the body allocates must be fake too, on a machine without the device as on one with it.
-    with mode if mode is not None else contextlib.nullcontext():
+    with faking(values):
         traced = make_fx(function, decomposition_table=inductor_decompositions(), tracing_mode="real")(*values)
     if prune:
         traced.graph.eliminate_dead_code()
@@ -153,8 +158,7 @@ def replace_by_function(
         return
     before = node.prev
     outputs = inline(node.graph, node, body, nodes)
-    mode = next((own.fake_mode for source in nodes if isinstance(own := source.meta["val"], FakeTensor)), None)
-    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+    with faking([source.meta["val"] for source in nodes]), torch.no_grad():
         _renew(between(before, node))
     replace(node, outputs)
 
@@ -172,6 +176,7 @@ __all__ = [
     "Bodies",
     "between",
     "fake",
+    "faking",
     "give",
     "inline",
     "insert_function",

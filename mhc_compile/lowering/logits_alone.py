@@ -11,18 +11,17 @@ those of a plan that keeps the coefficients.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mhc_compile import ops
 
 from .base import BACKWARD_TARGETS, VIEWS, arguments, fake, origin
+from .inline import faking
 
 TAG = CheckpointPolicy.PREFER_SAVE
 """On the coefficients of a plan that keeps the logits alone (those of one that keeps both are MUST_SAVE). Where nobody
@@ -96,8 +95,7 @@ def _forward(node: fx.Node) -> dict[str, Any]:
 def _value(node: fx.Node) -> Any:
     """The fake results of a call, of its own."""
     values = [fake(value) for value in node.args]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-    with mode if mode is not None else contextlib.nullcontext(), torch.no_grad():
+    with faking(values), torch.no_grad():
         return node.target(*values)  # type: ignore[operator]  # an overload
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import ATTRIBUTE_SCHEMA, activation_constants, padded_rows, spec_of
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+
+from .coefficients import activation_constants, padded_rows, spec_of
 from .coefficients_backward import laid_out, logits_backward_kernel, programs_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import tokens_a_program

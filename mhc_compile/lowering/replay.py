@@ -102,10 +102,10 @@ def _(streams: Tensor, ys: list[Tensor], posts: list[Tensor], mixes: list[Tensor
 
 
 # ------------------------------------------------------------------------------------------------ finding the runs
-def _next(state: fx.Node, first: fx.Node) -> fx.Node | None:
-    """The `post` that goes on from a state with nothing but what is there before the run begins."""
+def reader(state: fx.Node, first: fx.Node, name: str) -> fx.Node | None:
+    """The op `name` of a state that needs nothing else but what is there before `first`, where the run begins."""
     for user in state.users:
-        if FORWARD_TARGETS.get(user.target) != "post" or user.args[0] is not state:
+        if FORWARD_TARGETS.get(user.target) != name or user.args[0] is not state:
             continue
         if all(other is state or other < first for other in user.all_input_nodes):
             return user
@@ -120,7 +120,7 @@ def find(graph: fx.Graph) -> list[list[fx.Node]]:
         if FORWARD_TARGETS.get(node.target) != "post" or node in taken:
             continue
         run = [node]
-        while (following := _next(run[-1], node)) is not None and _alike(node, following):
+        while (following := reader(run[-1], node, "post")) is not None and _alike(node, following):
             run.append(following)
         if len(run) > 1:
             runs.append(run)
@@ -163,4 +163,4 @@ def _replace(part: list[fx.Node]) -> None:
         node.graph.erase_node(node)
 
 
-__all__ = ["MOST", "find", "forward", "merge"]
+__all__ = ["MOST", "find", "forward", "merge", "reader"]

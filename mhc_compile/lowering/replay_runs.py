@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import replay, replay_normed
-from .base import FORWARD_TARGETS, LoweringLog, arguments
+from .base import LoweringLog, arguments
 from .inline import give, insert_function, replace
 from .replay import MOST
 
@@ -24,16 +24,6 @@ Site = tuple[fx.Node, fx.Node | None]
 """A `post`, and the `pre_norm` of what it makes."""
 _SHARED = ("kind", "eps", "offset", "round_first", "keep")
 """Attributes of `mhc::pre_norm` that the norms of one call have in common."""
-
-
-def _norm(state: fx.Node, first: fx.Node) -> fx.Node | None:
-    """The `pre_norm` of a state that needs nothing else that is not there before the run begins."""
-    for user in state.users:
-        if FORWARD_TARGETS.get(user.target) != "pre_norm" or user.args[0] is not state:
-            continue
-        if all(other is state or other < first for other in user.all_input_nodes):
-            return user
-    return None
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
@@ -50,7 +40,7 @@ def find(graph: fx.Graph) -> list[list[Site]]:
     for run in replay.find(graph):
         parts: list[list[Site]] = [[]]
         for post in run:
-            norm = _norm(post, run[0])
+            norm = replay.reader(post, run[0], "pre_norm")
             last = next((other for _, other in reversed(parts[-1]) if other is not None), None)
             unlike = norm is not None and last is not None and not _alike(last, norm)
             if unlike or len(parts[-1]) == MOST:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import ForwardOp, without_autocast
-from .coefficients import ATTRIBUTE_SCHEMA, ATTRIBUTES, run_activate, split_arguments
+from .coefficients import ATTRIBUTE_SCHEMA, ATTRIBUTES, empty_coefficients, run_activate, split_arguments
 from .coefficients import activate as from_projection
 from .spec import CoefficientSpec
 
@@ -62,12 +62,7 @@ def run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The results' shapes and dtypes."""
     projection, _, _, spec = split(args)
-    batch, n, mix_dtype = projection.shape[:-1], spec.streams, spec.mix_dtype or projection.dtype
-    return (
-        projection.new_empty((*batch, spec.part_size("pre"))),
-        projection.new_empty((*batch, spec.part_size("post")), dtype=mix_dtype),
-        projection.new_empty((*batch, n, n if "res" in spec.parts else 0), dtype=mix_dtype),
-    )
+    return empty_coefficients(projection, projection.shape[:-1], spec, projection.dtype)
 
 
 _forward = torch.library.custom_op("mhc::activate", run, mutates_args=(), schema=SCHEMA)

@@ -22,33 +22,9 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class SemanticOp:
-    """One word of the vocabulary. Calling it calls the custom op `mhc::<name>`."""
-
-    name: str
-    native: Callable[..., Any]
-    native_backward: Callable[..., Any]
-    definition: CustomOpDef
-    backward_definition: CustomOpDef
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the custom op, with its autograd formula."""
-        return self.overload(*args, **kwargs)
-
-    @property
-    def overload(self) -> torch._ops.OpOverload:
-        """`torch.ops.mhc.<name>.default`, the target of graph nodes."""
-        return getattr(torch.ops.mhc, self.name).default
-
-    @property
-    def backward_overload(self) -> torch._ops.OpOverload:
-        """`torch.ops.mhc.<name>_backward.default`."""
-        return getattr(torch.ops.mhc, f"{self.name}_backward").default
-
-
-@dataclass(frozen=True)
 class ForwardOp:
-    """A word that only graphs behind autograd hold: the custom op `mhc::<name>`, without a gradient."""
+    """One word of the vocabulary, the custom op `mhc::<name>`. What is this and no `SemanticOp` has no gradient: only
+    graphs behind autograd hold it."""
 
     name: str
     native: Callable[..., Any]
@@ -62,6 +38,19 @@ class ForwardOp:
     def overload(self) -> torch._ops.OpOverload:
         """`torch.ops.mhc.<name>.default`, the target of graph nodes."""
         return getattr(torch.ops.mhc, self.name).default
+
+
+@dataclass(frozen=True)
+class SemanticOp(ForwardOp):
+    """One with its autograd formula."""
+
+    native_backward: Callable[..., Any]
+    backward_definition: CustomOpDef
+
+    @property
+    def backward_overload(self) -> torch._ops.OpOverload:
+        """`torch.ops.mhc.<name>_backward.default`."""
+        return getattr(torch.ops.mhc, f"{self.name}_backward").default
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

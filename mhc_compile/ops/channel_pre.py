@@ -150,4 +150,4 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-channel_pre = SemanticOp("channel_pre", native, native_backward, _forward, _backward)
+channel_pre = SemanticOp("channel_pre", native, _forward, native_backward, _backward)

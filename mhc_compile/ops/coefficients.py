@@ -108,6 +108,19 @@ def native_spec(
     return (*activation(projection, bias, alphas, spec), projection)
 
 
+def empty_coefficients(
+    like: Tensor, batch: Sequence[Any], spec: CoefficientSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (pre [*batch, n], post [*batch, n], res [*batch, n, n]) on the device of `like`, computed in
+    `dtype`; absent parts have a last dim of 0."""
+    n, mix_dtype = spec.streams, spec.mix_dtype or dtype
+    return (
+        like.new_empty((*batch, spec.part_size("pre")), dtype=dtype),
+        like.new_empty((*batch, spec.part_size("post")), dtype=mix_dtype),
+        like.new_empty((*batch, n, n if "res" in spec.parts else 0), dtype=mix_dtype),
+    )
+
+
 def _scale_of_rms(size: int, r: Tensor, spec: CoefficientSpec) -> Tensor | None:
     """dr/dx divided by x, [..., 1], for x of `size` elements: the norm's gradient is a multiple of x itself. None where
     r does not depend on x."""
@@ -313,13 +326,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = _spec(*flat)
     dtype = compute_dtype(x, phi, bias, alpha_pre, alpha_post, alpha_res)
-    mix_dtype, batch, n = spec.mix_dtype or dtype, x.shape[:-2], spec.streams
-    return (
-        x.new_empty((*batch, spec.part_size("pre")), dtype=dtype),
-        x.new_empty((*batch, spec.part_size("post")), dtype=mix_dtype),
-        x.new_empty((*batch, n, n if "res" in spec.parts else 0), dtype=mix_dtype),
-        x.new_empty((*batch, spec.rows + 1), dtype=dtype),
-    )
+    batch = x.shape[:-2]
+    return (*empty_coefficients(x, batch, spec, dtype), x.new_empty((*batch, spec.rows + 1), dtype=dtype))
 
 
 @torch.library.custom_op(
@@ -377,4 +385,4 @@ def _autograd(ctx: Any, d_pre: Tensor | None, d_post: Tensor | None, d_res: Tens
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-coefficients = SemanticOp("coefficients", native, native_backward, _forward, _backward)
+coefficients = SemanticOp("coefficients", native, _forward, native_backward, _backward)

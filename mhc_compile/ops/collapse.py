@@ -65,4 +65,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-collapse = SemanticOp("collapse", native, native_backward, _forward, _backward)
+collapse = SemanticOp("collapse", native, _forward, native_backward, _backward)

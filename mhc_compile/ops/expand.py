@@ -49,4 +49,4 @@ def _autograd(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
 
 _forward.register_autograd(_autograd)
 
-expand = SemanticOp("expand", native, native_backward, _forward, _backward)
+expand = SemanticOp("expand", native, _forward, native_backward, _backward)

@@ -133,4 +133,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-post = SemanticOp("post", native, native_backward, _forward, _backward)
+post = SemanticOp("post", native, _forward, native_backward, _backward)

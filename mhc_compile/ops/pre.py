@@ -69,4 +69,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-pre = SemanticOp("pre", native, native_backward, _forward, _backward)
+pre = SemanticOp("pre", native, _forward, native_backward, _backward)

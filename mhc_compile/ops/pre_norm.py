@@ -204,4 +204,4 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-pre_norm = SemanticOp("pre_norm", native, native_backward, _forward, _backward)
+pre_norm = SemanticOp("pre_norm", native, _forward, native_backward, _backward)

@@ -234,4 +234,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-sinkhorn = SemanticOp("sinkhorn", native, native_backward, _forward, _backward)
+sinkhorn = SemanticOp("sinkhorn", native, _forward, native_backward, _backward)

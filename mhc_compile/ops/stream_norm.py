@@ -102,4 +102,4 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
-stream_norm = SemanticOp("stream_norm", native, native_backward, _forward, _backward)
+stream_norm = SemanticOp("stream_norm", native, _forward, native_backward, _backward)

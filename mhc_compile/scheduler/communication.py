@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from . import contention
 from .contention import ROUNDS, SIZES, Alone, Case, Contention, Pair
+from .main_stream import PRIORITY
 
 Sides = Callable[[int, int], Sequence[Case]]
 """(tokens, channels) -> what may run on the side stream at that size."""
@@ -25,7 +26,7 @@ Sides = Callable[[int, int], Sequence[Case]]
 def beside(sides: Sides, tokens: int, width: int, priority: bool, rounds: int = ROUNDS) -> tuple[list[Pair], Alone]:
     """Our kernels while an all-reduce of [tokens, width] is on the wire, against one behind the other; and its time.
     Called by all ranks."""
-    main, found = torch.cuda.Stream(priority=-1 if priority else 0), []
+    main, found = torch.cuda.Stream(priority=PRIORITY if priority else 0), []
     payload = torch.randn(tokens, width, device="cuda").to(torch.bfloat16)
     made = list(sides(tokens, width))
     torch.cuda.synchronize()

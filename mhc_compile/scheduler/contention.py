@@ -31,6 +31,7 @@ from mhc_compile.cost import cache_file, keep_json
 
 from . import host as host_of
 from .host import Host
+from .main_stream import PRIORITY
 
 LEAST_SHARE = 0.5
 """Less than that is planned with as nothing. A pair is measured warm: in a step both tasks meet an L2 that others have
@@ -221,7 +222,7 @@ def _attention_backward(heads: torch.Tensor) -> Callable[[], object]:
 def measure(sides: Sequence[Case], mains: Sequence[Case], priority: bool, rounds: int = ROUNDS) -> list[Pair]:
     """Measure every side case beside every main case on the current CUDA device; a second or two for ten by three."""
     device = torch.cuda.current_device()
-    main = torch.cuda.Stream(device, priority=-1 if priority else 0)
+    main = torch.cuda.Stream(device, priority=PRIORITY if priority else 0)
     side = torch.cuda.Stream(device, priority=0)
     found = []
     torch.cuda.synchronize()  # the cases' tensors were made on another stream

@@ -49,6 +49,15 @@ class Block:
         args = (state, site["y"], site["q"], site["h"] if mixed else None, False)
         return self.value(self.graph.call_function(torch.ops.mhc.post.default, args), self.n, self.width)
 
+    def posts(self, sites: int) -> tuple[list[fx.Node], list[dict[str, fx.Node]]]:
+        """The states of so many sites after one another, and what `inputs` gives of each."""
+        state, found = self.inputs(sites)
+        states = []
+        for site in found:
+            state = self.post(state, site)
+            states.append(state)
+        return states, found
+
     def norm(self, state: fx.Node, gate: fx.Node, weight: fx.Node | None, eps: float = 1e-6) -> fx.Node:
         """Its out is an output of the graph."""
         args = (state, gate, weight, None, "rms", eps, 0.0, True)
@@ -197,11 +206,7 @@ def test_what_has_to_be_computed_in_between_stays() -> None:
 @pytest.mark.parametrize("other", ["eps", "weight"])
 def test_norms_of_another_kind_cut_a_run(other: str) -> None:
     block = Block()
-    x, sites = block.inputs(4)
-    states = []
-    for site in sites:
-        x = block.post(x, site)
-        states.append(x)
+    states, sites = block.posts(4)
     for index, (state, site) in enumerate(zip(states, sites, strict=True)):
         unlike = index >= 2
         weight = None if unlike and other == "weight" else site["w"]
@@ -221,11 +226,7 @@ def test_a_state_that_nobody_reads_is_not_written() -> None:
     from mhc_compile.lowering import replay_runs
 
     block = Block()
-    x, sites = block.inputs(3)
-    states = []
-    for site in sites:
-        x = block.post(x, site)
-        states.append(x)
+    states, sites = block.posts(3)
     for state, site in zip(states, sites, strict=True):
         block.norm(state, site["p"], site["w"])
     dead = block.sum(states[0])
