@@ -226,6 +226,9 @@ def next_checkpoint_id() -> int:
     return int(next(uid))
 
 
+# --- backends, traces, sizes and classes (seen in 2.11, 2.13; read in 2.15) -------------------------------------------
+
+
 def lookup_backend(name: str) -> Any:
     """One of torch's own backends by name (``eager``, ``aot_eager``)."""
     from torch._dynamo.backends.registry import lookup_backend as lookup
