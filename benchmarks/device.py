@@ -32,15 +32,20 @@ def median_us(
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 12, each: int = 4, warmup: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 12,
+    each: int = 4,
+    warmup: int = 1,
+    flush: bool = False,
+    ahead: int = 2_000_000,
 ) -> dict[str, list[float]]:
     """Median milliseconds of each call in each round, on the device: in a round every call runs `warmup` + `each` times
-    in a row, and every other round goes backwards. A GPU that grows warm slows down by several percent: of two calls
-    that are measured one after the other the first has the cooler device."""
+    in a row (`flush`, `ahead`: see `median_us`), and every other round goes backwards. A GPU that grows warm slows down
+    by several percent: of two calls that are measured one after the other the first has the cooler device."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls)[:: -1 if number % 2 else 1]:
-            microseconds = median_us(calls[name], repeat=each, warmup=warmup, flush=False)
+            microseconds = median_us(calls[name], repeat=each, warmup=warmup, flush=flush, ahead=ahead)
             found[name].append(microseconds / 1000)
     return found
 

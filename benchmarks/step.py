@@ -2,8 +2,9 @@
 
 Qwen3 layers (hidden 2560, FFN 9728, 32/8 heads of 128), bf16, trunk without LM head, forward and backward of a batch of
 2 x 4096 tokens. Every row is a fresh model with the same seed; the plain model through `backend="inductor"` is the
-base. Each is compiled and measured alone; then all of them step in turns, which is what counts: `step_ms` is the median
-of that and `over_plain` the median of the ratios of a round, with its least and its greatest; `alone_ms` is the first.
+base. Each is compiled and measured alone; then each of them and the plain model step in turns, two at a time (how warm
+the device is depends on who else is in the round), which is what counts: `step_ms` is the median of that and
+`over_plain` the median of the ratios of a round, with its least and its greatest; `alone_ms` is the first.
 
 The peers' rows are the same model with hyper-connections written around its sublayers (`benchmarks.wrapped`):
 DeepSeek-V4's spelling through `torch.compile`, and the kernels of TileKernels and Liger with inductor for all that lies
@@ -107,13 +108,18 @@ def measure(name: str, layers: int, tokens: Tensor, profile: bool) -> Row | str:
 
 
 def compare(results: dict[str, Any], steps: dict[str, Callable[[], object]]) -> None:
-    """All steps in turns: their times, and how much longer than the plain model's they are."""
-    times = in_turns(steps)
-    for name, rounds in times.items():
-        results[name]["step_ms"] = statistics.median(rounds)
-        if BASE in times:
-            ratios = sorted(one / plain - 1 for one, plain in zip(rounds, times[BASE], strict=True))
-            results[name] |= {"over_plain": statistics.median(ratios), "least_and_greatest": [ratios[0], ratios[-1]]}
+    """Each step in turns with the plain model's: its time, and how much longer it is."""
+    plain: list[float] = []
+    for name, step in steps.items():
+        if name != BASE:
+            times = in_turns({BASE: steps[BASE], name: step})
+            ratios = sorted(one / other - 1 for one, other in zip(times[name], times[BASE], strict=True))
+            results[name] |= {
+                "step_ms": statistics.median(times[name]), "over_plain": statistics.median(ratios),
+                "least_and_greatest": [ratios[0], ratios[-1]],
+            }  # fmt: skip
+            plain += times[BASE]
+    results[BASE]["step_ms"] = statistics.median(plain)
 
 
 def show_kernels(step: Any) -> None:
@@ -159,7 +165,7 @@ def main() -> None:
                 results[name]["over_plain"] = results[name]["step_ms"] / base - 1
             record("step", results, path, quiet=True, **shape)
         print(told(name, results[name]), flush=True)
-    if len(steps) > 1:
+    if BASE in steps and len(steps) > 1:
         compare(results, steps)
         print("in turns:", *(told(name, results[name]) for name in steps), sep="\n", flush=True)
         record("step", results, path, quiet=True, **shape)

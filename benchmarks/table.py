@@ -13,8 +13,11 @@ Row = dict[str, Any]
 
 
 def not_measured(reason: str | Exception) -> Row:
-    text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {str(reason)[:300]}"
-    return {"status": f"not measured: {text}"}
+    """Of an error its text, without the user's stack that Dynamo adds: paths of one machine."""
+    if isinstance(reason, Exception):
+        told = str(reason).split("from user code")[0].strip()
+        reason = f"{type(reason).__name__}: {told[:300]}"
+    return {"status": f"not measured: {reason}"}
 
 
 def blank(names: Iterable[str], asked: Iterable[str]) -> dict[str, Row]:

@@ -23,7 +23,13 @@ class Site(nn.Module):
         self.function = function
         self.phi = nn.Parameter(torch.randn(rows, STREAMS * width, device=device) * 0.02)
         self.bias = nn.Parameter(torch.zeros(rows, device=device))
-        self.alphas = nn.ParameterList(nn.Parameter(torch.ones(1, device=device)) for _ in range(3))
+        # Three names, no ParameterList: Dynamo of torch 2.11 cannot unpack one.
+        self.alpha_pre, self.alpha_post, self.alpha_res = (nn.Parameter(torch.ones(1, device=device)) for _ in range(3))
+
+    @property
+    def alphas(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Scales of pre, post and res."""
+        return self.alpha_pre, self.alpha_post, self.alpha_res
 
     def forward(self, streams: Tensor, branch: Branch) -> Tensor:
         return self.function(streams, (self.phi, self.bias, *self.alphas), branch)

@@ -73,21 +73,25 @@ def test_steps_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that slows down by a tenth while it is measured: the ratios do not see it, the single times do."""
     warmth, order = [1.0], []
 
-    def median_us(call: Any, repeat: int, warmup: int, flush: bool) -> float:
+    def median_us(call: Any, repeat: int, warmup: int, flush: bool, ahead: int) -> float:
         order.append(call)
         warmth[0] += 0.01
         return call() * 1000 * warmth[0]
 
     monkeypatch.setattr(device, "median_us", median_us)
-    plain, ours = (lambda: 40.0), (lambda: 42.0)
-    results: dict[str, Any] = {"plain, inductor": {"step_ms": 40.0}, "mhc": {"step_ms": 50.0}}
-    step.compare(results, {"plain, inductor": plain, "mhc": ours})
+    plain, ours, peer = (lambda: 40.0), (lambda: 42.0), (lambda: 80.0)
+    results: dict[str, Any] = {"plain, inductor": {"step_ms": 40.0, "over_plain": 0.0}, "mhc": {"step_ms": 50.0}}
+    results["peer"] = {"step_ms": 90.0}
+    step.compare(results, {"plain, inductor": plain, "mhc": ours, "peer": peer})
     assert order[:4] == [plain, ours, ours, plain]
+    assert order[24:28] == [plain, peer, peer, plain]
+    assert len(order) == 48
     assert results["mhc"]["over_plain"] == pytest.approx(0.05, abs=2e-3)
     least, greatest = results["mhc"]["least_and_greatest"]
     assert 0.03 < least < 0.05 < greatest < 0.07
     assert results["plain, inductor"]["over_plain"] == 0
     assert 42.0 < results["mhc"]["step_ms"] < 50.0
+    assert results["peer"]["over_plain"] == pytest.approx(1.0, abs=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.table import attempt, blank, chosen
+from benchmarks.table import attempt, blank, chosen, not_measured
 
 
 def test_every_row_is_there_from_the_start() -> None:
@@ -37,4 +37,6 @@ def test_one_word_for_what_has_no_numbers() -> None:
     assert attempt(lambda: {"us": 1.0}, now, 60) == {"us": 1.0}
     assert attempt(lambda: "not measured: not installed", now, 60) == {"status": "not measured: not installed"}
     assert attempt(fail, now, 60) == {"status": "not measured: ValueError: " + "x" * 300}
+    refused = RuntimeError("no ParameterList\n\nfrom user code:\n  File wrapped.py")
+    assert not_measured(refused) == {"status": "not measured: RuntimeError: no ParameterList"}
     assert attempt(lambda: {"us": 1.0}, now - 61, 60) == {"status": "not measured: 60 s were over"}
