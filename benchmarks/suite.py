@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,20 +88,32 @@ def arguments_of(part: Part, row: str | None = None, more: tuple[str, ...] = ())
 
 
 def run(command: list[str], gpu: int, log: Path, environment: dict[str, str], seconds: float) -> float:
-    """Seconds that a command took; its output goes to `log`, with a line about how it ended if it failed."""
+    """Seconds that a command took; its output goes to `log`, with a line about how it ended if it failed, and with the
+    Python stacks of where it was if it was stopped."""
     start = time.perf_counter()
     own = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": str(gpu), "MHC_COMPILE_AUTOTUNE": "0"}
+    own |= {"PYTHONFAULTHANDLER": "1", **environment}
     with log.open("w") as output:
+        process = subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                command, env={**own, **environment}, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
-            )
-            ended = "" if done.returncode == 0 else f"exit status {done.returncode}"
+            status = process.wait(seconds)
+            ended = "" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
+            _stop(process)
             ended = f"stopped after {seconds:g} s"
         if ended:
             output.write(f"{ended}\n")
     return time.perf_counter() - start
+
+
+def _stop(process: subprocess.Popen[bytes], grace: float = 5.0) -> None:
+    """By a signal on which Python's fault handler writes the stacks; what does not end of it is killed."""
+    process.send_signal(signal.SIGABRT)
+    try:
+        process.wait(grace)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def compile_ahead(parts: list[Part], gpus: int, jobs: int, seconds: float) -> None:

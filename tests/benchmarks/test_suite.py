@@ -47,8 +47,14 @@ def test_what_compiles_long_is_compiled_ahead() -> None:
 def test_what_fails_is_told(tmp_path: Path) -> None:
     suite.run([sys.executable, "-c", "print('here'); raise SystemExit(3)"], 0, tmp_path / "a", {}, 60)
     assert (tmp_path / "a").read_text().splitlines() == ["here", "exit status 3"]
-    suite.run([sys.executable, "-c", "import time; time.sleep(60)"], 0, tmp_path / "b", {}, 0.5)
-    assert (tmp_path / "b").read_text() == "stopped after 0.5 s\n"
+    ready = "print('here', flush=True)"
+    suite.run([sys.executable, "-c", f"import time\n{ready}\ntime.sleep(60)"], 0, tmp_path / "b", {}, 3)
+    lines = (tmp_path / "b").read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("here", "stopped after 3 s")
+    assert any('File "<string>", line 3' in line for line in lines)  # where it was
+    deaf = "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN)"
+    suite.run([sys.executable, "-c", f"{deaf}\n{ready}\ntime.sleep(60)"], 0, tmp_path / "d", {}, 3)
+    assert (tmp_path / "d").read_text().splitlines() == ["here", "stopped after 3 s"]
     script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['MHC_COMPILE_AUTOTUNE'], os.environ['X'])"
     suite.run([sys.executable, "-c", script], 1, tmp_path / "c", {"X": "y"}, 60)
     assert (tmp_path / "c").read_text() == "1 0 y\n"
