@@ -2,8 +2,8 @@
 
 Prints microseconds, u (see docs/kernels.md) and the floor: what must be read and written, in u, the streams' kernels
 without the 24 coefficients of a token (0.01 u). --sweep tries the candidate configurations. `expand`, `collapse`,
-`stream_norm` and `channel_pre` have no kernel of ours: they run as in a model, by inductor. The kernels of few tokens
-are measured with as many as they are used for at most.
+`stream_norm` and `channel_pre` have no kernel of ours: they run as in a model, by inductor. Kernels that are used up to
+some number of tokens are measured with that many.
 
 The result has every row and is written after each: one that would begin after `--seconds`, one that fails and one that
 `--only` leaves out are "not measured", with the reason.
@@ -27,6 +27,7 @@ from benchmarks.table import Row, attempt, blank, chosen
 from mhc_compile.config import Options
 from mhc_compile.lowering import (
     activate_again,
+    activate_post,
     activate_pre,
     activate_pre_norm,
     boundary,
@@ -119,10 +120,11 @@ def cases(
 
     phi, bias, alphas = fp32(24, n * width) * 0.02, fp32(24), [fp32(1) for _ in range(3)]
     site = (phi, bias, alphas)
-    few = min(few_tokens.FEW, tokens)
+    few, most = min(few_tokens.FEW, tokens), min(activate_post.MOST, tokens)
     streams = (bf16(tokens, n, width), bf16(tokens, width), fp32(tokens, n), fp32(tokens, n, n))
     return {
         **_site_cases(streams, site, bf16, fp32),
+        **_own_case(bf16(most, n, width), bf16(most, width), site),
         **_few_cases((bf16(few, n, width), bf16(few, width), fp32(few, n), fp32(few, n, n)), site, bf16(width)),
         **_inductor_cases(streams[0], bf16, by_inductor),
     }
@@ -222,6 +224,18 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "site_boundary, gate": (lambda: site_boundary.site_boundary(*boundary_of, True), 3 * n + 3),
     }  # fmt: skip
     return {name: Case(call, floor, tokens) for name, (call, floor) in rows.items()}
+
+
+def _own_case(x: torch.Tensor, y: torch.Tensor, site: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
+) -> dict[str, Case]:  # fmt: skip
+    """A post that makes its own coefficients."""
+    phi, bias, alphas = site
+    tokens, n, width = x.shape
+    spec = CoefficientSpec()
+    partial = coefficients.partials(x, phi, spec)
+    given = (x, y, partial, bias, *alphas[1:], n * width, False, *spec.op_arguments().values())
+    floor = 2 * n + 1 + _numbers(partial.shape[0] * 21, width)
+    return {"activate_post": Case(lambda: activate_post.forward(*given), floor, tokens)}
 
 
 def _few_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], scale: torch.Tensor

@@ -1,4 +1,5 @@
-"""The gate, the mix and its norm in one kernel, where post, res and Sinkhorn run beside the branch.
+"""The gate, the mix and its norm in one kernel, where post, res and Sinkhorn run elsewhere: beside the branch
+(`scheduler`), or within the post that reads them (`activate_post`).
 
 What `activate_pre` and `pre_norm` do one after the other, with the same arithmetic and hence the same bits: each
 program computes the gate of its own token from the partial projections. One launch less on the path that the branch
@@ -149,7 +150,7 @@ def merge(graph: fx.Graph, log: LoweringLog) -> int:
             one.norm.prepend(view)
         replace(one.norm, list(outputs[:3]))
         graph.erase_node(one.gate)
-        log.record("activate_pre + pre_norm", "fused", "the gate where it is read, Sinkhorn beside the branch")
+        log.record("activate_pre + pre_norm", "fused", "the gate where it is read, Sinkhorn elsewhere")
     return len(pairs)
 
 

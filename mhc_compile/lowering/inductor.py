@@ -181,7 +181,11 @@ class LowerPass(CustomGraphPass):
         graph.lint()
 
     def _fuses(self, name: str) -> bool:
-        return self.options is None or bool(self.options.fuses(name))
+        if self.options is None:
+            return True
+        if name == "activate_post" and self.options.schedule != "off":
+            return False  # Sinkhorn is the scheduler's to move
+        return bool(self.options.fuses(name))
 
     def uuid(self) -> Any:
         """Identity for FxGraphCache and AOTAutogradCache."""

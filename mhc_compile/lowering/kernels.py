@@ -50,7 +50,8 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
-        from . import activate_again, activate_pre_norm, gate_pre_norm, post_project  # noqa: F401  # isort: skip
+        from . import activate_again, activate_post, activate_pre_norm  # noqa: F401  # isort: skip
+        from . import gate_pre_norm, post_project  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
 
@@ -149,6 +150,11 @@ def fuse(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]) -> Non
 
 def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]) -> None:
     """Fusions of what kernels read with the kernels, once every op has its kernels."""
+    within = fuses("activate_post") and fuses("gate_pre_norm")
+    if within and any(str(node.target) == "mhc_kernel.activate.default" for node in graph.nodes):
+        from . import activate_post
+
+        activate_post.merge(graph, log)
     if fuses("site_boundary") and any(str(node.target).startswith("mhc_kernel.post_dots") for node in graph.nodes):
         from . import site_boundary
 

@@ -38,11 +38,11 @@ def results_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
 
 def test_every_row_is_there(table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     results = results_of(table, monkeypatch, "--seconds", "1000")
-    assert list(results) == [f"{name}/T{t}/C{c}" for name in decode.ROWS for c in (4096, 2560) for t in (1, 8, 64)]
+    assert list(results) == [f"{name}/T{t}/C{c}" for name in decode.ROWS for c in (4096, 2560) for t in decode.TOKENS]
     assert results["two launches, single_pass/T8/C2560"]["us_a_site"] == 12.0
     failed = {"status": "not measured: RuntimeError: this one breaks"}
     assert all(row == failed for key, row in results.items() if key.startswith("torch.compile, spelled"))
-    assert capsys.readouterr().out.count("not measured") == 6
+    assert capsys.readouterr().out.count("not measured") == 2 * len(decode.TOKENS)
 
 
 def test_what_is_not_asked_for_and_what_would_begin_late(
@@ -50,7 +50,7 @@ def test_what_is_not_asked_for_and_what_would_begin_late(
 ) -> None:
     asked = ("--tokens", "1", "3", "--width", "4096", "--only", "two launches", "four launches", "--seconds", "25")
     results = results_of(table, monkeypatch, *asked)
-    assert len(results) == len(decode.ROWS) * 2 * 4
+    assert len(results) == len(decode.ROWS) * 2 * len({*decode.TOKENS, 3})
     measured = [key for key, row in results.items() if "us_a_site" in row]
     assert measured == ["two launches/T1/C4096", "two launches/T3/C4096", "four launches/T1/C4096"]
     assert results["four launches/T3/C4096"] == {"status": "not measured: 25 s were over"}
@@ -62,3 +62,14 @@ def test_what_is_not_asked_for_and_what_would_begin_late(
 def test_what_the_rows_are_checked_against() -> None:
     for name, (_, reference, _, _) in decode.ROWS.items():
         assert reference is (spelled_single_pass if "single_pass" in name else spelled), name
+
+
+def test_a_row_is_what_its_name_says() -> None:
+    """How many launches follows from the fusions; two are for few tokens."""
+    fusions = {name: fuse for name, (_, _, fuse, _) in decode.ROWS.items()}
+    assert fusions["two launches"] is True
+    assert isinstance(three := fusions["three launches"], tuple)
+    assert isinstance(four := fusions["four launches"], tuple)
+    assert "few_tokens" not in three
+    assert set(three) - set(four) == {"activate_post"}
+    assert decode.measure("two launches", 65, 64) == "not measured: two launches are for at most 64 tokens"

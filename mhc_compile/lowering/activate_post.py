@@ -1,0 +1,264 @@
+"""post that makes its own coefficients: H_res is consumed where Sinkhorn leaves it, and never written.
+
+Where nothing but `post` reads the post gate and H_res of a site (no backward does), each program of `post` goes from
+the partial projections of its token to both, with its first block of channels on its way meanwhile; the pre gate is
+made by the norm that reads it (`gate_pre_norm`). A site takes three launches instead of four, and the branch does not
+wait for Sinkhorn. Every program runs Sinkhorn for one token in all its warps, where `activate` has a warp for eight:
+the more tokens, the more of that is not hidden behind memory, hence `MOST`.
+Traffic, n = 4: that of `post`, 2n + 1 = 9 u, less the n^2 + n numbers a token that are neither written nor read.
+"""
+
+# Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
+# ruff: noqa: ANN001, RUF005
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, fx
+
+from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+
+from . import gate_pre_norm
+from .base import VIEWS, LoweringLog, arguments, fake
+from .coefficients import activation_constants, gate, lengths, part_logits, spec_of
+from .inline import insert_function, replace
+from .launch import by_token, hint, kernel_op, launch, load_raw, load_streams, nonempty, site_row, store_row, tokens_of
+from .post import post_config
+from .sinkhorn import iterate
+
+MOST = 2048
+"""Most tokens (by their example) for which `post` makes its own coefficients. An estimate, not a measurement: they are
+about a thousand instructions a warp, four warps a token; for 2048 tokens that fills the issue slots of an H200 for 9 us
+as `activate` would, without the wait for memory that hides it here."""
+SHARED = 128
+"""Up to so many tokens every block of channels has a program: a device has more multiprocessors than that."""
+
+
+@triton.jit
+def rounded(value, MIX: tl.constexpr) -> tl.tensor:
+    """The value as it would come out of memory in the dtype that post and res are kept in."""
+    if MIX == "bfloat16":
+        value = value.to(tl.bfloat16)
+    elif MIX == "float16":
+        value = value.to(tl.float16)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def own_gate(
+    partial_ptr, bias_ptr, alpha_ptr, base, r, tokens, SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    KP: tl.constexpr, POST: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    MIX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """H_post of one token as N scalars."""
+    line = tl.arange(0, NP)[None, :]
+    lines = line + tl.zeros((1, NP), dtype=tl.int32)
+    _, q = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + POST + lines, POST + lines, lines < N,
+                       r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
+    q = rounded(gate(q, SIGMOID, SCALE, EPS), MIX)
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (tl.sum(tl.sum(tl.where(line == i, q, 0.0), axis=1), axis=0),)
+    return found
+
+
+@triton.jit
+def own_matrix(
+    partial_ptr, bias_ptr, alpha_ptr, base, r, tokens, SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    KP: tl.constexpr, RES: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr,
+    ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, MIX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """H_res of one token as N * N scalars, row by row."""
+    row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
+    cells = row * N + column
+    valid = (row < N) & (column < N)
+    _, h = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None, None] + RES + cells, RES + cells, valid,
+                       r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
+    if SINKHORN:
+        h = iterate(h, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
+    h = rounded(h, MIX)
+    found = ()
+    for i in tl.static_range(N * N):
+        one = tl.where(valid & (cells == i), h, 0.0)
+        found = found + (tl.sum(tl.sum(tl.sum(one, axis=2), axis=1), axis=0),)
+    return found
+
+
+@triton.jit
+def activate_post_kernel(
+    partial_ptr, bias_ptr, alpha_post_ptr, alpha_res_ptr, x_ptr, y_ptr, out_ptr, tokens, TOTAL: tl.constexpr,
+    SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, POST: tl.constexpr,
+    RES: tl.constexpr, NORM: tl.constexpr, NORM_EPS: tl.constexpr, SIGMOID: tl.constexpr, POST_SCALE: tl.constexpr,
+    POST_EPS: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr,
+    ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, MIX: tl.constexpr,
+    C: tl.constexpr, BC: tl.constexpr, EACH: tl.constexpr, TRANSPOSE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: EACH blocks of channels of one token, all streams."""
+    PARTS: tl.constexpr = (C + BC * EACH - 1) // (BC * EACH)
+    MASKED: tl.constexpr = C % BC != 0
+    program = tl.program_id(0)
+    token = (program // PARTS).to(tl.int64)
+    lanes = (program % PARTS) * (BC * EACH) + tl.arange(0, BC)
+    rows = load_streams(x_ptr, token, lanes, lanes < C, C, N, MASKED)
+    branch = load_raw(y_ptr, token * C, lanes, lanes < C, MASKED)
+    base = (token + tl.zeros((1,), dtype=tl.int64)) * KP
+    r = lengths(partial_ptr, base, base >= 0, tokens, TOTAL, SPLITS, 1, K, KP, NORM, NORM_EPS)
+    q = own_gate(partial_ptr, bias_ptr, alpha_post_ptr, base, r, tokens, SPLITS, N, NP, KP, POST, SIGMOID, POST_SCALE,
+                 POST_EPS, MIX)  # fmt: skip
+    h = ()
+    if RES >= 0:
+        h = own_matrix(partial_ptr, bias_ptr, alpha_res_ptr, base, r, tokens, SPLITS, N, NP, KP, RES, SINKHORN,
+                       POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, MIX)  # fmt: skip
+    for block in tl.static_range(EACH):
+        offsets = lanes + block * BC
+        if block > 0:
+            rows = load_streams(x_ptr, token, offsets, offsets < C, C, N, MASKED)
+            branch = load_raw(y_ptr, token * C, offsets, offsets < C, MASKED)
+        y = branch.to(tl.float32)
+        xs = ()
+        for i in tl.static_range(N):
+            xs = xs + (rows[i].to(tl.float32),)
+        for o in tl.static_range(N):
+            store_row(out_ptr, (token * N + o) * C, offsets, site_row(xs, y, q, h, o, N, RES >= 0, TRANSPOSE),
+                      offsets < C, MASKED)  # fmt: skip
+
+
+def config(tokens: int, width: int) -> dict[str, int]:
+    """The blocks of `post`; a program takes all of a token's, so that Sinkhorn runs once, unless there are few."""
+    blocks = post_config(width)
+    return {**blocks, "EACH": 1 if tokens <= SHARED else triton.cdiv(width, blocks["BC"])}
+
+
+def refusal(streams: Tensor) -> str:
+    """Why the coefficients of a state [..., n, C] stay a kernel of their own; empty if `post` makes them."""
+    tokens = hint(tokens_of(streams))
+    return "" if tokens <= MOST else f"{tokens} tokens, Sinkhorn within post is for at most {MOST}"
+
+
+CONSTANTS = (
+    "N", "NP", "K", "KP", "POST", "RES", "NORM", "NORM_EPS", "SIGMOID", "POST_SCALE", "POST_EPS", "SINKHORN",
+    "POSITIVITY", "POSITIVE_EPS", "ROW_FIRST", "STEPS", "EPS", "CLAMP",
+)  # fmt: skip
+
+
+@kernel_op(
+    "activate_post",
+    schema=(
+        "(Tensor state, Tensor y, Tensor partial, Tensor bias, Tensor alpha_post, Tensor? alpha_res, int total, "
+        f"bool transpose, {ATTRIBUTE_SCHEMA}) -> Tensor"
+    ),
+)
+def forward(
+    state: Tensor, y: Tensor, partial: Tensor, bias: Tensor, alpha_post: Tensor, alpha_res: Tensor | None, total: int,
+    transpose: bool, *flat: Any,
+) -> Tensor:  # fmt: skip
+    """X [..., n, C], y [..., C] and partial [S, T, KP] -> X', as `mhc_kernel::activate` and `mhc_kernel::post`."""
+    spec, x, branch = spec_of(flat), by_token(state, 2), by_token(y, 1)
+    tokens, _, width = x.shape
+    out = torch.empty_like(x, dtype=torch.promote_types(state.dtype, y.dtype))
+    if nonempty(tokens):
+        every, own = activation_constants(spec), config(hint(tokens), width)
+        launch(
+            activate_post_kernel, (tokens * triton.cdiv(width, own["BC"] * own["EACH"]),), partial.contiguous(),
+            bias.contiguous(), alpha_post, alpha_post if alpha_res is None else alpha_res, x, branch, out, tokens,
+            TOTAL=total, SPLITS=partial.shape[0], **{name: every[name] for name in CONSTANTS},
+            MIX=str(spec.mix_dtype or torch.float32).removeprefix("torch."), C=width, TRANSPOSE=transpose, **own,
+        )  # fmt: skip
+    return out.view(state.shape)
+
+
+@forward.register_fake
+def _(
+    state: Tensor, y: Tensor, partial: Tensor, bias: Tensor, alpha_post: Tensor, alpha_res: Tensor | None, total: int,
+    transpose: bool, *flat: Any,
+) -> Tensor:  # fmt: skip
+    return state.new_empty(state.shape, dtype=torch.promote_types(state.dtype, y.dtype))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Coefficients that nothing of a backward reads, and who reads them."""
+
+    coefficients: fx.Node
+    """`mhc_kernel::activate`."""
+    post: fx.Node | None
+    """The one `mhc_kernel::post` that reads the post gate and H_res, if there is one."""
+    normed: bool
+    """The pre gate is read by a norm first, which can make it."""
+
+
+def readers(node: fx.Node, index: int) -> tuple[list[fx.Node], list[fx.Node]]:
+    """(who reads a result of `node`, through views too; the nodes on the way)."""
+    on_the_way = [user for user in node.users if user.args[1] == index]
+    found: list[fx.Node] = []
+    for step in on_the_way:  # grows while it is walked through
+        for user in step.users:
+            (on_the_way if user.target in VIEWS else found).append(user)
+    return found, on_the_way
+
+
+def find(graph: fx.Graph) -> list[Found]:
+    """Every `activate` whose projection is not read: what a graph without a backward has. Changes nothing."""
+    found = []
+    for node in graph.nodes:
+        if str(node.target) != "mhc_kernel.activate.default" or readers(node, 3)[0]:
+            continue
+        posts = {*readers(node, 1)[0], *readers(node, 2)[0]}
+        post = posts.pop() if len(posts) == 1 else None
+        if post is not None and str(post.target) != "mhc_kernel.post.default":
+            post = None
+        gates = sorted(readers(node, 0)[0])
+        normed = bool(gates) and [str(gate.target) for gate in gates].count("mhc_kernel.pre_norm.default") == 1
+        found.append(Found(node, post, normed and str(gates[0].target) == "mhc_kernel.pre_norm.default"))
+    return found
+
+
+def reason(one: Found) -> str:
+    """Why what was found stays as it is; empty if `merge` takes it."""
+    if one.post is None:
+        return "not one post alone reads what it would make"
+    if not one.normed:
+        return "the gate is not read by one norm first"
+    streams: Tensor = fake(arguments(one.post)["streams"])
+    return refusal(streams)
+
+
+def merge(graph: fx.Graph, log: LoweringLog) -> int:
+    """Replace `activate` and `post` by a gate and a post that makes its coefficients, where that can be; returns how
+    often. The gate becomes one with its norm."""
+    count = 0
+    for one in find(graph):
+        why = reason(one)
+        if why or one.post is None:
+            log.record("activate + post", "two kernels", why)
+            continue
+        given, named = arguments(one.coefficients), arguments(one.post)
+        alphas = {part: given.pop(f"alpha_{part}") for part in ("pre", "post", "res")}
+        partial, bias, total, *flat = given.values()
+        gated = insert_function(
+            one.coefficients, torch.ops.mhc_kernel.activate_pre.default, [partial, bias, alphas["pre"], total, *flat]
+        )
+        values = [named["streams"], named["y"], partial, bias, alphas["post"], alphas["res"], total]
+        following = insert_function(
+            one.post, torch.ops.mhc_kernel.activate_post.default, [*values, named["transpose"], *flat]
+        )
+        replace(one.post, following)
+        for user in one.coefficients.users:
+            if user.args[1] == 0:
+                user.replace_all_uses_with(gated)
+        made = "its gate" if alphas["res"] is None else "its gate and H_res, which is never written"
+        log.record("activate + post", "fused", f"post makes {made}")
+        count += 1
+    if count:
+        graph.eliminate_dead_code()
+        gate_pre_norm.merge(graph, log)
+    return count
+
+
+__all__ = ["MOST", "Found", "find", "forward", "merge", "reason", "refusal"]
