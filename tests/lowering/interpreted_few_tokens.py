@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile import ops
-from mhc_compile.config import Options
+from mhc_compile.config import FUSIONS, Options
 from mhc_compile.lowering import activate_pre_norm, coefficients, few_tokens, post, post_project, pre_norm
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
@@ -214,12 +214,17 @@ def test_two_launches_a_site(variant: str, norm: str) -> None:
     assert {entry.provider for entry in log.entries if entry.op not in ("expand", "collapse")} == {"triton", "fused"}
 
 
-def test_four_launches_for_many_tokens() -> None:
-    seen: list[Any] = []
-    x, w, sites = chain_inputs(33, count=2)
-    with torch.no_grad():
-        lowered(chain, Options(), LoweringLog(), seen)(x, w, sites)
-    assert launches(seen) == ["project", "activate", "pre_norm", "post"] * 2
+def test_more_launches_for_many_tokens() -> None:
+    """Three a site where post makes its own coefficients (`activate_post`), else four."""
+    four = ["project", "activate", "pre_norm", "post"]
+    without = tuple(name for name in FUSIONS if name != "activate_post")
+    for fuse, site in ((True, ["project", "gate_pre_norm", "activate_post"]), (without, four)):
+        torch._dynamo.reset()
+        seen: list[Any] = []
+        x, w, sites = chain_inputs(33, count=2)
+        with torch.no_grad():
+            lowered(chain, Options(fuse=fuse), LoweringLog(), seen)(x, w, sites)
+        assert launches(seen) == 2 * site
 
 
 def test_compiled_for_few_and_run_for_many() -> None:

@@ -55,7 +55,7 @@ grads = torch.autograd.grad(out.square().mean(), leaves)
 torch.testing.assert_close(on()[0], out.detach())
 for index in (0, 4, 5, 10, 11):  # x, phi and bias of both sites: what every rank holds whole
     torch.testing.assert_close(on()[1 + index], grads[index], rtol=1e-4, atol=1e-7)
-print("rank", dist.get_rank(), "as one process")
+print(f"rank {dist.get_rank()} as one process\\n", end="")  # one write: ranks share the pipe
 dist.destroy_process_group()
 """
 
@@ -106,7 +106,7 @@ assert {"communication", "wait"} <= kinds, kinds
 assert schedule.equal(on(), off)
 with emit.deferred():
     assert schedule.equal(on(), off)
-print("rank", dist.get_rank(), "as one stream")
+print(f"rank {dist.get_rank()} as one stream\\n", end="")  # one write: ranks share the pipe
 dist.destroy_process_group()
 """
 
