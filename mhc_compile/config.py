@@ -179,11 +179,13 @@ FUSIONS = {
     "addends": "a sum of gradients into the kernel that reads it",
 }
 """What the option `fuse` may name, in the order of the passes."""
+BY_NAME = ("activate_post",)
+"""Of these, those that are on only if named: no measurement on a device says yet what they gain."""
 
 
 @dataclass(frozen=True)
 class Fusions:
-    """All (True), none (False), or some of `FUSIONS` by name."""
+    """All but `BY_NAME` (True), none (False), or some of `FUSIONS` by name."""
 
     @property
     def legal(self) -> str:
@@ -198,7 +200,7 @@ class Fusions:
         for name in names:
             if name not in FUSIONS:
                 raise ValueError(_nearest(name, FUSIONS) if isinstance(name, str) else "")
-        return True if set(names) == set(FUSIONS) else tuple(name for name in FUSIONS if name in names)
+        return True if set(names) == set(FUSIONS) - set(BY_NAME) else tuple(one for one in FUSIONS if one in names)
 
     def read(self, text: str) -> object:
         try:
@@ -258,7 +260,7 @@ class Options:
         True,
         Fusions(),
         "Fuse what neighbouring ops have in common into one kernel, and the norm that a branch begins with into the op "
-        "that reads the streams. Names switch single fusions on: "
+        "that reads the streams. `True` is all but `activate_post`, whose gain no device has measured. The names: "
         + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items())
         + ".",
     )
@@ -307,7 +309,7 @@ class Options:
 
     def fuses(self, name: str) -> bool:
         """True if the fusion of `FUSIONS` is on."""
-        return self.fuse if isinstance(self.fuse, bool) else name in self.fuse
+        return self.fuse and name not in BY_NAME if isinstance(self.fuse, bool) else name in self.fuse
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mhc_compile import ops
 from mhc_compile.compat import chain_graph_passes, triton_version
+from mhc_compile.config import BY_NAME
 from mhc_compile.ops.base import compute_dtype
 
 from . import kernels, logits_alone, opaque, tune
@@ -182,7 +183,7 @@ class LowerPass(CustomGraphPass):
 
     def _fuses(self, name: str) -> bool:
         if self.options is None:
-            return True
+            return name not in BY_NAME
         if name == "activate_post" and self.options.schedule != "off":
             return False  # Sinkhorn is the scheduler's to move
         return bool(self.options.fuses(name))

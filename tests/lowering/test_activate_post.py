@@ -66,10 +66,10 @@ def sites(x, w, *parameters):
         state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
     return torch.ops.mhc.collapse.default(state, "mean")
 
-def run(grad, lengths=(33,), **options):
+def run(grad, lengths=(33,), fuse=tuple(FUSIONS), **options):
     torch._dynamo.reset()
     log, seen = LoweringLog(), []
-    compiled = lowered(sites, Options(**options), log, seen)
+    compiled = lowered(sites, Options(fuse=fuse, **options), log, seen)
     with torch.set_grad_enabled(grad):
         for length in lengths:
             given = inputs(length, dtype=torch.bfloat16)
@@ -88,6 +88,7 @@ assert any(entry.reason == "post makes its gate and H_res, which is never writte
 four = 2 * ["project", "activate", "pre_norm", "post"]
 assert run(True)[0] == four  # a backward reads the coefficients
 assert run(False, schedule="auto")[0] == four
+assert run(False, fuse=True)[0] == four  # only by its name
 for without in ("activate_post", "gate_pre_norm"):
     called, log = run(False, fuse=tuple(name for name in FUSIONS if name != without))
     assert called == four and "activate + post" not in {entry.op for entry in log.entries}
