@@ -14,6 +14,7 @@ Traffic, n = 4: that of `post`, 2n + 1 = 9 u, less the n^2 + n numbers a token t
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor, fx
 
 from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
+from mhc_compile.ops.spec import CoefficientSpec
 
 from . import gate_pre_norm
 from .base import VIEWS, LoweringLog, arguments, fake
@@ -188,34 +190,47 @@ class Found:
     coefficients: fx.Node
     """`mhc_kernel::activate`."""
     post: fx.Node | None
-    """The one `mhc_kernel::post` that reads the post gate and H_res, if there is one."""
+    """See `only_post`."""
     normed: bool
     """The pre gate is read by a norm first, which can make it."""
 
 
-def readers(node: fx.Node, index: int) -> tuple[list[fx.Node], list[fx.Node]]:
-    """(who reads a result of `node`, through views too; the nodes on the way)."""
+def readers(node: fx.Node, index: int) -> list[fx.Node]:
+    """Who reads a result of `node`, through views too."""
     on_the_way = [user for user in node.users if user.args[1] == index]
     found: list[fx.Node] = []
     for step in on_the_way:  # grows while it is walked through
         for user in step.users:
             (on_the_way if user.target in VIEWS else found).append(user)
-    return found, on_the_way
+    return found
+
+
+def is_result(value: Any, node: fx.Node, index: int) -> bool:
+    """Whether an argument is this result of `node`, through views too."""
+    while isinstance(value, fx.Node) and value.target in VIEWS:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.target is operator.getitem and value.args == (node, index)
+
+
+def only_post(node: fx.Node) -> fx.Node | None:
+    """The `mhc_kernel::post` that takes its gate and its H_res, if it has one, from `node`, an `activate`, where
+    nothing else reads them."""
+    posts = {*readers(node, 1), *readers(node, 2)}
+    if len(posts) != 1 or str((post := posts.pop()).target) != "mhc_kernel.post.default":
+        return None
+    named, has_res = arguments(post), "res" in CoefficientSpec.from_op_arguments(arguments(node)).parts
+    whole = is_result(named["h_res"], node, 2) if has_res else named["h_res"] is None
+    return post if whole and is_result(named["h_post"], node, 1) else None
 
 
 def find(graph: fx.Graph) -> list[Found]:
     """Every `activate` whose projection is not read: what a graph without a backward has. Changes nothing."""
     found = []
     for node in graph.nodes:
-        if str(node.target) != "mhc_kernel.activate.default" or readers(node, 3)[0]:
-            continue
-        posts = {*readers(node, 1)[0], *readers(node, 2)[0]}
-        post = posts.pop() if len(posts) == 1 else None
-        if post is not None and str(post.target) != "mhc_kernel.post.default":
-            post = None
-        gates = sorted(readers(node, 0)[0])
-        normed = bool(gates) and [str(gate.target) for gate in gates].count("mhc_kernel.pre_norm.default") == 1
-        found.append(Found(node, post, normed and str(gates[0].target) == "mhc_kernel.pre_norm.default"))
+        if str(node.target) == "mhc_kernel.activate.default" and not readers(node, 3):
+            gates = [str(reader.target) for reader in sorted(readers(node, 0))]
+            normed = gates.count("mhc_kernel.pre_norm.default") == 1 and gates[0] == "mhc_kernel.pre_norm.default"
+            found.append(Found(node, only_post(node), normed))
     return found
 
 

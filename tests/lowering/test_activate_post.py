@@ -133,14 +133,20 @@ def graph_of(extra: str = "", norm: bool = True) -> fx.Graph:
     gate, q, h, projection = (call(operator.getitem, every, index) for index in range(4))
     gate_view = call(aten.view.default, gate, [1, 96, 4])
     q_view, h_view = call(aten.view.default, q, [1, 96, 4]), call(aten.view.default, h, [1, 96, 4, 4])
+    if extra == "two":  # each post takes its gate from one and H_res from the other
+        other = call(kernels.activate.default, partial, bias, *alphas, 128, *spec.op_arguments().values())
+        h_view = call(aten.view.default, call(operator.getitem, other, 2), [1, 96, 4, 4])
+    elif extra == "given":
+        h_view = given("h", 1, 96, 4, 4)
     if norm:
         mixed = call(kernels.pre_norm.default, x, gate_view, None, None, "rms", 1e-6, 0.0, True, False)
         u = call(operator.getitem, mixed, 0)
     else:
         u = call(kernels.pre.default, x, gate_view)
-    state = call(kernels.post.default, x, call(aten.add.Tensor, u, y), q_view, h_view, False)
+    own = None if extra == "none" else h_view
+    state = call(kernels.post.default, x, call(aten.add.Tensor, u, y), q_view, own, False)
     read = {"": (), "projection": (projection,), "post": (q_view,), "res": (h_view,), "pre": (gate_view,)}
-    graph.output((state, *read[extra]))
+    graph.output((state, *read.get(extra, ())))
     return graph
 
 
@@ -167,6 +173,8 @@ def test_both_are_taken() -> None:
         ({"extra": "projection"}, ""),
         ({"extra": "post"}, "not one post alone reads what it would make"),
         ({"extra": "res"}, "not one post alone reads what it would make"),
+        ({"extra": "given"}, "not one post alone reads what it would make"),
+        ({"extra": "none"}, "not one post alone reads what it would make"),
         ({"norm": False}, "the gate is not read by one norm first"),
     ],
 )
@@ -178,6 +186,15 @@ def test_what_is_read_elsewhere_stays(how: dict[str, object], reason: str) -> No
     assert activate_post.merge(graph, log) == 0
     assert str(graph) == before
     assert [(entry.provider, entry.reason) for entry in log.entries] == ([("two kernels", reason)] if reason else [])
+
+
+def test_a_post_of_two_sites_stays() -> None:
+    """Its gate from one, its H_res from the other: each would make both."""
+    from mhc_compile.lowering import activate_post
+
+    graph, log = graph_of("two"), LoweringLog()
+    assert activate_post.merge(graph, log) == 0
+    assert {entry.reason for entry in log.entries} == {"not one post alone reads what it would make"}
 
 
 def test_few_programs_share_a_token_only_where_there_are_few_tokens() -> None:
