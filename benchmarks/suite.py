@@ -75,6 +75,7 @@ PARTS: dict[str, Part] = {
     "schedule-graphs": Part(("schedule", "--inductor-graphs", "--seconds", "70")),
     "decode": Part(("decode", "--seconds", "240")),
     "ops": Part(("ops", "--seconds", "240")),
+    "tuning": Part(("tuning", "--seconds", "60"), seconds=150),
 }  # fmt: skip
 """What takes longest comes first."""
 

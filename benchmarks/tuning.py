@@ -10,6 +10,7 @@ site.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.chain import leaves, make_inputs
 from benchmarks.device import in_turns, unit_us
 from benchmarks.record import RESULTS, record
 from benchmarks.site import WIDTHS, ours
+from benchmarks.table import Row, attempt, blank
 from mhc_compile.config import Options
 from mhc_compile.lowering import tune
 from mhc_compile.lowering.base import LoweringLog
@@ -53,7 +55,7 @@ def kept(device: str) -> dict[str, dict[str, Any]]:
     return {f"{key.split()[0]} {key.split()[-1]}": entry for key, entry in sorted(entries.items())}
 
 
-def measure(tokens: int, width: int, count: int) -> dict[str, Any]:
+def measure(tokens: int, width: int, count: int) -> Row:
     x, sites = make_inputs(tokens, width, count)
     parameters, seed = leaves(x, sites), torch.randn_like(x)
 
@@ -86,8 +88,11 @@ def measure(tokens: int, width: int, count: int) -> dict[str, Any]:
     }
 
 
-def told(width: int, row: dict[str, Any], u: float) -> str:
+def told(width: int, row: Row, tokens: int) -> str:
     """The lines that are printed for a width."""
+    if "status" in row:
+        return f"C {width}: {row['status']}"
+    u = unit_us(tokens, width)
     lines = [
         f"  {name.split()[0]:28s} {entry['seconds']:5.2f} s  {entry['tried']} tried  {entry['gain']:6.1%}  "
         f"{entry['config']}"
@@ -108,14 +113,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS))
     parser.add_argument("--sites", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=240, help="rows that would begin later are left out and named")
     parser.add_argument("--name", default="tuning", help="file under benchmarks/results")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
+    widths = {str(width): width for width in (*arguments.width, *WIDTHS)}
+    asked = [str(width) for width in arguments.width]
+    results = blank(widths, asked)
     path = RESULTS / f"{arguments.name}.json"
-    for width in arguments.width:
-        results[str(width)] = measure(arguments.tokens, width, arguments.sites)
-        print(told(width, results[str(width)], unit_us(arguments.tokens, width)), flush=True)
-        record("tuning", results, path, quiet=True, tokens=arguments.tokens, sites=arguments.sites)
+    start = time.perf_counter()
+    for name, width in widths.items():
+        if name in asked:
+            row = functools.partial(measure, arguments.tokens, width, arguments.sites)
+            results[name] = attempt(row, start, arguments.seconds)
+            record("tuning", results, path, quiet=True, tokens=arguments.tokens, sites=arguments.sites)
+        print(told(width, results[name], arguments.tokens), flush=True)
     print(f"written: {path}")
 
 

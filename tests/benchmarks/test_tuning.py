@@ -52,7 +52,9 @@ def test_what_is_told_is_written(
     monkeypatch.setattr(tuning, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["tuning", "--width", "64"])
     tuning.main()
-    assert json.loads((tmp_path / "tuning.json").read_text())["results"] == {"64": row}
+    results = json.loads((tmp_path / "tuning.json").read_text())["results"]
+    unasked = {"status": "not measured: not asked for"}
+    assert results == {"64": row, "4096": unasked, "2560": unasked}
     out = capsys.readouterr().out
-    for told in ("slowest kernel 1.50 s", "fixed 20.0 u, tuned 19.0 u; 0.9500", "{'BC': 512}"):
+    for told in ("slowest kernel 1.50 s", "fixed 20.0 u, tuned 19.0 u; 0.9500", "{'BC': 512}", "C 4096: not measured"):
         assert told in out

@@ -226,3 +226,16 @@ def test_the_numbers_of_the_two_kernels_on_a_device(tokens: int, width: int) -> 
     got = activate_post.forward(x, y, partial, bias, *alphas[1:], 4 * width, False, *flat)
     # Sinkhorn adds four numbers across threads here and within one there: another order, another last bit of float32.
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [96, 512])
+def test_a_compiled_chain_on_a_device(tokens: int) -> None:
+    """Through inductor's launches and in a CUDA graph, with the error of four launches a site."""
+    from benchmarks import decode
+
+    three, four = (decode.measure(name, tokens, 1024) for name in ("three launches", "four launches"))
+    assert isinstance(three, dict)
+    assert isinstance(four, dict)
+    assert three["error"] <= 1.01 * four["error"] < 0.01
