@@ -26,8 +26,10 @@ its block runs backward whether it is kept or not, so which of them are kept is 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,10 +175,18 @@ def equal_blocks(chain: Chain) -> Plan:
 # ------------------------------------------------------------------------------------------------ the exact choice
 _Trail = tuple[Any, tuple[int, ...], str] | None
 """What is kept, last first: (what came before it, sites, "state" or "input")."""
-_Point = tuple[int, float, _Trail]
-"""(kept bytes, seconds, decisions)."""
-_Saving = tuple[int, float, tuple[int, ...]]
-"""Early inputs of a block that may be kept: (bytes, seconds that are added: 0 or less, sites)."""
+_Point = tuple[int, int, _Trail]
+"""(kept bytes, femtoseconds, decisions)."""
+_Saving = tuple[int, int, tuple[int, ...]]
+"""Early inputs of a block that may be kept: (bytes, femtoseconds that are added: 0 or less, sites)."""
+
+
+_BYTES, _BYTES_THEN_TIME = operator.itemgetter(0), operator.itemgetter(0, 1)
+
+
+def _exact(seconds: float) -> int:
+    """Femtoseconds: whole numbers, whose sums do not depend on their order, so that equal plans are equal."""
+    return round(seconds * 1e15)
 
 
 @dataclass
@@ -186,8 +196,10 @@ class _Block:
     live: int
     """Replayed bytes of the block so far, early inputs included."""
     points: list[_Point]
-    """Without the early inputs of the block: as if all of them were replayed."""
+    """Without the early inputs of the block: as if all of them were replayed. By bytes, none beats another."""
     savings: list[_Saving]
+    more: int = 0
+    """Femtoseconds that each of the points takes beside its own."""
 
 
 def fastest(chain: Chain, peak: float = math.inf, kept: float = math.inf) -> Plan | None:
@@ -263,14 +275,14 @@ def fastest_within(chain: Chain, kept: int) -> Plan | None:
 
 
 def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> list[_Point]:
-    """All undominated (kept bytes, seconds) of the plans within the limits.
+    """All undominated (kept bytes, time) of the plans within the limits.
 
     ``replay_inputs`` looks at the fewest bytes alone: enough to know whether a plan exists.
     """
     prune: Callable[[list[_Point], int], list[_Point]] = _fewest if replay_inputs else _undominated
     first = chain.sites[0]
-    seconds = chain.seconds + (first.state_seconds if first.source is not None else 0.0)
-    blocks = {0: _Block(first.rebuilt + first.again, [(first.cost, seconds, None)], [(0, 0.0, ())])}
+    time = _exact(chain.seconds) + (_exact(first.state_seconds) if first.source is not None else 0)
+    blocks = {0: _Block(first.rebuilt + first.again, [(first.cost, time, None)], [(0, 0, ())])}
     for index, site in enumerate(chain.sites):
         cap = max(_POINTS // len(chain.sites) // (len(blocks) + 1), 4)
         after: dict[int, _Block] = {}
@@ -279,16 +291,20 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
             own = site.branch_input if early else 0
             most = max(site.live + site.branch_input, site.border) + block.live - own
             most += site.ahead if boundary == index else 0
-            alive = [point for point in block.points if point[0] <= min(peak - most, kept)]
+            alive = block.points[: bisect.bisect_right(block.points, min(peak - most, kept), key=_BYTES)]
             if not alive:
                 continue
-            choices: list[_Point] = [(k, t + site.replay_input(early), trail) for k, t, trail in alive]
-            if not replay_inputs and early:
-                block.savings = _with_saving(block.savings, site, index, max(cap // 8, 8))
-            elif not replay_inputs:
-                more = ((k + site.branch_input, t, (trail, (index,), "input")) for k, t, trail in alive)
-                choices += [point for point in more if point[0] <= kept]
-            after[boundary] = _Block(block.live, prune(choices, cap), block.savings)
+            replayed = _exact(site.replay_input(early))
+            if replay_inputs or early:
+                savings = block.savings
+                if not replay_inputs:
+                    savings = _with_saving(savings, site, index, max(cap // 8, 8))
+                after[boundary] = _Block(block.live, _thinned(alive, cap), savings, block.more + replayed)
+                continue
+            choices = [(k, t + replayed, trail) for k, t, trail in alive]
+            more = ((k + site.branch_input, t, (trail, (index,), "input")) for k, t, trail in alive)
+            choices += [point for point in more if point[0] <= kept]
+            after[boundary] = _Block(block.live, prune(choices, cap), block.savings, block.more)
         last = index + 1 == len(chain.sites)
         blocks = after if last else _step(after, chain, index + 1, prune, cap)
         if not blocks:
@@ -307,23 +323,23 @@ def _step(
 ) -> dict[int, _Block]:
     """From one site to the next: its state is kept (a new boundary) or replayed (the block goes on)."""
     after: dict[int, _Block] = {}
-    keep: list[_Point] = []
+    ended: list[_Point] = []
     site = chain.sites[index]
-    rebuild = site.state_seconds if site.source is not None else 0.0
+    rebuild = _exact(site.state_seconds) if site.source is not None else 0
     for boundary, block in blocks.items():
         if not site.pinned:
-            again = chain.state_seconds(index, boundary)
-            longer: list[_Point] = [(k, t + again, trail) for k, t, trail in block.points]
-            more = site.state + site.again + (site.branch_input if site.early else 0)
-            after[boundary] = _Block(block.live + more, longer, block.savings)
-        keep += [(k + site.cost, t + rebuild, (trail, (index,), "state")) for k, t, trail in _ended(block)]
-    after[index] = _Block(site.rebuilt + site.again, prune(keep, cap), [(0, 0.0, ())])
+            replayed = _exact(chain.state_seconds(index, boundary))
+            live = block.live + site.state + site.again + (site.branch_input if site.early else 0)
+            after[boundary] = _Block(live, block.points, block.savings, block.more + replayed)
+        ended += _ended(block)
+    keep: list[_Point] = [(k + site.cost, t, (trail, (index,), "state")) for k, t, trail in prune(ended, cap)]
+    after[index] = _Block(site.rebuilt + site.again, keep, [(0, 0, ())], rebuild)
     return after
 
 
 def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> list[_Saving]:
     """The savings of a block when the early input of one more site may be kept."""
-    saved = site.replay_input(early=True)
+    saved = _exact(site.replay_input(early=True))
     more = [(size + site.branch_input, less - saved, (*which, index)) for size, less, which in savings]
     return _undominated([*savings, *more], cap)
 
@@ -331,9 +347,9 @@ def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> li
 def _ended(block: _Block) -> list[_Point]:
     """The points of a block that ends, with each choice of early inputs to keep."""
     if not any(which for _, _, which in block.savings):
-        return block.points
+        return [(k, t + block.more, trail) for k, t, trail in block.points]
     return [
-        (k + size, t + less, (trail, which, "input") if which else trail)
+        (k + size, t + block.more + less, (trail, which, "input") if which else trail)
         for k, t, trail in block.points
         for size, less, which in block.savings
     ]
@@ -353,8 +369,8 @@ def _fewest(points: list[_Point], cap: int) -> list[_Point]:
 
 
 def _undominated(points: list[Any], cap: int) -> list[Any]:
-    """Points that no other beats in both bytes and seconds, by bytes; thinned evenly to `cap`."""
-    points.sort(key=lambda point: (point[0], point[1]))
+    """Points that no other beats in both bytes and time, by bytes; thinned evenly to `cap`."""
+    points.sort(key=_BYTES_THEN_TIME)
     front: list[Any] = []
     best = math.inf
     for point in points:
