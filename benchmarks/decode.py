@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ from benchmarks.device import graphed, median_us
 from benchmarks.ops import configured
 from benchmarks.record import record
 from benchmarks.site import WIDTHS, ours, single_pass
-from benchmarks.table import Row, attempt, blank
+from benchmarks.table import Row, attempt, blank, not_measured
 from mhc_compile.config import FUSIONS, Options
 from mhc_compile.lowering import activate_pre_norm, post_project
 from mhc_compile.lowering.base import FEW, LoweringLog
@@ -37,10 +36,11 @@ def without(*names: str) -> tuple[str, ...]:
 
 
 def compiled(function: Chain, fuse: bool | tuple[str, ...] | None) -> Chain:
-    """By our passes with these fusions, or (None) by inductor alone."""
+    """By our passes with these fusions, or (None) by inductor alone. No artefact on disk: a setting of `sweep` is not in
+    its name."""
     options: Any = {} if fuse is None else config_patches(Options(autotune=False, fuse=fuse), LoweringLog())
     # A site alone is asked for, not what a second number of tokens would make of it.
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(function, fullgraph=True, dynamic=False, options={**options, "fx_graph_cache": False})
 
 
 SWEEPS: dict[str, tuple[Any, list[dict[str, int]]]] = {
@@ -64,11 +64,11 @@ ROWS: dict[str, tuple[Chain, Chain, bool | tuple[str, ...] | None, int]] = {
 """Name -> (chain, what it should give, fusions, sites)."""
 
 
-def measure(name: str, tokens: int, width: int) -> Row | str:
+def measure(name: str, tokens: int, width: int) -> Row:
     """Microseconds a site, and the error of the output against float64."""
     chain, reference, fuse, count = ROWS[name]
     if name.startswith("two") and tokens > FEW:
-        return f"not measured: two launches are for at most {FEW} tokens"
+        return not_measured(f"two launches are for at most {FEW} tokens")
     x, sites = make_inputs(tokens, width, count)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def sweep(tokens: list[int], widths: list[int]) -> dict[str, Any]:
             for width in widths:
                 for count in tokens:
                     with configured(module, "config", setting):
-                        row = attempt(functools.partial(measure, "two launches", count, width), 0.0, math.inf)
+                        row = measure("two launches", count, width)
                     results[f"{kernel}/{setting}/T{count}/C{width}"] = row
                     print(told("two launches", count, width, row), flush=True)
     return results

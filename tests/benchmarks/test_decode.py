@@ -72,4 +72,5 @@ def test_a_row_is_what_its_name_says() -> None:
     assert isinstance(four := fusions["four launches"], tuple)
     assert "few_tokens" not in three
     assert set(three) - set(four) == {"activate_post"}
-    assert decode.measure("two launches", 65, 64) == "not measured: two launches are for at most 64 tokens"
+    refused = {"status": "not measured: two launches are for at most 64 tokens"}
+    assert decode.measure("two launches", 65, 64) == refused
