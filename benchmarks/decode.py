@@ -36,8 +36,8 @@ def without(*names: str) -> tuple[str, ...]:
 
 
 def compiled(function: Chain, fuse: bool | tuple[str, ...] | None) -> Chain:
-    """By our passes with these fusions, or (None) by inductor alone. No artefact on disk: a setting of `sweep` is not in
-    its name."""
+    """By our passes with these fusions, or (None) by inductor alone. No artefact on disk: the setting that a sweep
+    tries is not in its name."""
     options: Any = {} if fuse is None else config_patches(Options(autotune=False, fuse=fuse), LoweringLog())
     # A site alone is asked for, not what a second number of tokens would make of it.
     return torch.compile(function, fullgraph=True, dynamic=False, options={**options, "fx_graph_cache": False})

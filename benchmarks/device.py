@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -48,6 +48,11 @@ def in_turns(
             microseconds = median_us(calls[name], repeat=each, warmup=warmup, flush=flush, ahead=ahead)
             found[name].append(microseconds / 1000)
     return found
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """`one` over `other`, round by round of `in_turns`, the least first."""
+    return sorted(a / b for a, b in zip(one, other, strict=True))
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.chain import SiteFunction, spelled_site
-from benchmarks.device import in_turns, median_us
+from benchmarks.device import in_turns, median_us, ratios
 from benchmarks.peers import liger_site, tile_kernels_site
 from benchmarks.record import RESULTS, record
 from benchmarks.table import Row, attempt, blank, chosen
@@ -113,10 +113,10 @@ def compare(results: dict[str, Any], steps: dict[str, Callable[[], object]]) -> 
     for name, step in steps.items():
         if name != BASE:
             times = in_turns({BASE: steps[BASE], name: step})
-            ratios = sorted(one / other - 1 for one, other in zip(times[name], times[BASE], strict=True))
+            over = [ratio - 1 for ratio in ratios(times[name], times[BASE])]
             results[name] |= {
-                "step_ms": statistics.median(times[name]), "over_plain": statistics.median(ratios),
-                "least_and_greatest": [ratios[0], ratios[-1]],
+                "step_ms": statistics.median(times[name]), "over_plain": statistics.median(over),
+                "least_and_greatest": [over[0], over[-1]],
             }  # fmt: skip
             plain += times[BASE]
     results[BASE]["step_ms"] = statistics.median(plain)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.chain import leaves, make_inputs
-from benchmarks.device import in_turns, unit_us
+from benchmarks.device import in_turns, ratios, unit_us
 from benchmarks.record import RESULTS, record
 from benchmarks.site import WIDTHS, ours
 from benchmarks.table import Row, attempt, blank
@@ -78,13 +78,13 @@ def measure(tokens: int, width: int, count: int) -> Row:
         tuned, tuned_s = through(True)
         kernels = kept(torch.cuda.get_device_name())
         times = in_turns({"fixed": fixed, "tuned": tuned}, flush=True, ahead=2_000_000 * count)
-    ratios = [one / other for one, other in zip(times["tuned"], times["fixed"], strict=True)]
+    over = ratios(times["tuned"], times["fixed"])
     return {
         "kernels": kernels,
         "slowest_s": max((entry["seconds"] for entry in kernels.values()), default=0.0),
         "first_step_s": {"fixed": fixed_s, "tuned": tuned_s},
         "site_us": {name: statistics.median(rounds) * 1e3 / count for name, rounds in times.items()},
-        "tuned_over_fixed": {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)},
+        "tuned_over_fixed": {"median": statistics.median(over), "least": over[0], "greatest": over[-1]},
     }
 
 

@@ -260,9 +260,8 @@ class Options:
         True,
         Fusions(),
         "Fuse what neighbouring ops have in common into one kernel, and the norm that a branch begins with into the op "
-        "that reads the streams. `True` is all but `activate_post`, whose gain no device has measured. The names: "
-        + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items())
-        + ".",
+        f"that reads the streams. `True` is all but `{'`, `'.join(BY_NAME)}`, whose gain no device has measured. "
+        "The names: " + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items()) + ".",
     )
     recompute: str | int = _option(
         "off",

@@ -27,8 +27,9 @@ from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
 from mhc_compile.ops.spec import CoefficientSpec
 
 from . import gate_pre_norm
-from .base import VIEWS, LoweringLog, arguments, fake
-from .coefficients import activation_constants, gate, lengths, part_logits, spec_of
+from .activate_pre import gate_scalars
+from .base import VIEWS, LoweringLog, arguments, fake, readers, result
+from .coefficients import activation_constants, gate, gate_logits, lengths, matrix_logits, spec_of
 from .inline import insert_function, replace
 from .launch import by_token, hint, kernel_op, launch, load_raw, load_streams, nonempty, site_row, store_row, tokens_of
 from .post import post_config
@@ -53,46 +54,6 @@ def rounded(value, MIX: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def own_gate(
-    partial_ptr, bias_ptr, alpha_ptr, base, r, tokens, SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    KP: tl.constexpr, POST: tl.constexpr, SIGMOID: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    MIX: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """H_post of one token as N scalars."""
-    line = tl.arange(0, NP)[None, :]
-    lines = line + tl.zeros((1, NP), dtype=tl.int32)
-    _, q = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + POST + lines, POST + lines, lines < N,
-                       r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
-    q = rounded(gate(q, SIGMOID, SCALE, EPS), MIX)
-    found = ()
-    for i in tl.static_range(N):
-        found = found + (tl.sum(tl.sum(tl.where(line == i, q, 0.0), axis=1), axis=0),)
-    return found
-
-
-@triton.jit
-def own_matrix(
-    partial_ptr, bias_ptr, alpha_ptr, base, r, tokens, SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    KP: tl.constexpr, RES: tl.constexpr, SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr,
-    ROW_FIRST: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, MIX: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """H_res of one token as N * N scalars, row by row."""
-    row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
-    cells = row * N + column
-    valid = (row < N) & (column < N)
-    _, h = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None, None] + RES + cells, RES + cells, valid,
-                       r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
-    if SINKHORN:
-        h = iterate(h, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
-    h = rounded(h, MIX)
-    found = ()
-    for i in tl.static_range(N * N):
-        one = tl.where(valid & (cells == i), h, 0.0)
-        found = found + (tl.sum(tl.sum(tl.sum(one, axis=2), axis=1), axis=0),)
-    return found
-
-
-@triton.jit
 def activate_post_kernel(
     partial_ptr, bias_ptr, alpha_post_ptr, alpha_res_ptr, x_ptr, y_ptr, out_ptr, tokens, TOTAL: tl.constexpr,
     SPLITS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, POST: tl.constexpr,
@@ -110,13 +71,20 @@ def activate_post_kernel(
     rows = load_streams(x_ptr, token, lanes, lanes < C, C, N, MASKED)
     branch = load_raw(y_ptr, token * C, lanes, lanes < C, MASKED)
     base = (token + tl.zeros((1,), dtype=tl.int64)) * KP
-    r = lengths(partial_ptr, base, base >= 0, tokens, TOTAL, SPLITS, 1, K, KP, NORM, NORM_EPS)
-    q = own_gate(partial_ptr, bias_ptr, alpha_post_ptr, base, r, tokens, SPLITS, N, NP, KP, POST, SIGMOID, POST_SCALE,
-                 POST_EPS, MIX)  # fmt: skip
+    there = base >= 0
+    r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, 1, K, KP, NORM, NORM_EPS)
+    _, gates = gate_logits(partial_ptr, bias_ptr, alpha_post_ptr, base, there, r, tokens, SPLITS, 1, N, NP, KP, POST)
+    q = gate_scalars(rounded(gate(gates, SIGMOID, POST_SCALE, POST_EPS), MIX), N, NP)
     h = ()
     if RES >= 0:
-        h = own_matrix(partial_ptr, bias_ptr, alpha_res_ptr, base, r, tokens, SPLITS, N, NP, KP, RES, SINKHORN,
-                       POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, MIX)  # fmt: skip
+        _, matrix, cells, valid = matrix_logits(partial_ptr, bias_ptr, alpha_res_ptr, base, there, r, tokens, SPLITS, 1,
+                                                N, NP, KP, RES)  # fmt: skip
+        if SINKHORN:
+            matrix = iterate(matrix, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
+        matrix = rounded(matrix, MIX)
+        for i in tl.static_range(N * N):
+            one = tl.where(valid & (cells == i), matrix, 0.0)
+            h = h + (tl.sum(tl.sum(tl.sum(one, axis=2), axis=1), axis=0),)
     for block in tl.static_range(EACH):
         offsets = lanes + block * BC
         if block > 0:
@@ -195,14 +163,9 @@ class Found:
     """The pre gate is read by a norm first, which can make it."""
 
 
-def readers(node: fx.Node, index: int) -> list[fx.Node]:
+def readers_of(node: fx.Node, index: int) -> list[fx.Node]:
     """Who reads a result of `node`, through views too."""
-    on_the_way = [user for user in node.users if user.args[1] == index]
-    found: list[fx.Node] = []
-    for step in on_the_way:  # grows while it is walked through
-        for user in step.users:
-            (on_the_way if user.target in VIEWS else found).append(user)
-    return found
+    return readers(result(node, index))[0]
 
 
 def is_result(value: Any, node: fx.Node, index: int) -> bool:
@@ -215,7 +178,7 @@ def is_result(value: Any, node: fx.Node, index: int) -> bool:
 def only_post(node: fx.Node) -> fx.Node | None:
     """The `mhc_kernel::post` that takes its gate and its H_res, if it has one, from `node`, an `activate`, where
     nothing else reads them."""
-    posts = {*readers(node, 1), *readers(node, 2)}
+    posts = {*readers_of(node, 1), *readers_of(node, 2)}
     if len(posts) != 1 or str((post := posts.pop()).target) != "mhc_kernel.post.default":
         return None
     named, has_res = arguments(post), "res" in CoefficientSpec.from_op_arguments(arguments(node)).parts
@@ -227,9 +190,8 @@ def find(graph: fx.Graph) -> list[Found]:
     """Every `activate` whose projection is not read: what a graph without a backward has. Changes nothing."""
     found = []
     for node in graph.nodes:
-        if str(node.target) == "mhc_kernel.activate.default" and not readers(node, 3):
-            gates = [str(reader.target) for reader in sorted(readers(node, 0))]
-            normed = gates.count("mhc_kernel.pre_norm.default") == 1 and gates[0] == "mhc_kernel.pre_norm.default"
+        if str(node.target) == "mhc_kernel.activate.default" and not readers_of(node, 3):
+            normed = gate_pre_norm.norm_of(readers_of(node, 0)) is not None
             found.append(Found(node, only_post(node), normed))
     return found
 
@@ -264,9 +226,8 @@ def merge(graph: fx.Graph, log: LoweringLog) -> int:
             one.post, torch.ops.mhc_kernel.activate_post.default, [*values, named["transpose"], *flat]
         )
         replace(one.post, following)
-        for user in one.coefficients.users:
-            if user.args[1] == 0:
-                user.replace_all_uses_with(gated)
+        for gate_read in result(one.coefficients, 0):
+            gate_read.replace_all_uses_with(gated)
         made = "its gate" if alphas["res"] is None else "its gate and H_res, which is never written"
         log.record("activate + post", "fused", f"post makes {made}")
         count += 1

@@ -6,7 +6,7 @@ Traffic: the projections of pre and the sums of squares, n + 1 numbers a token.
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
 # mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, RUF005
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
 
-from .coefficients import activation_constants, gate, lengths, part_logits, spec_of
+from .coefficients import activation_constants, gate, gate_logits, lengths, spec_of
 from .launch import kernel_op, launch, nonempty
 from .sinkhorn import tokens_a_program
 
@@ -33,11 +33,18 @@ def token_gates(
     there = token < tokens
     base = token * KP
     r = lengths(partial_ptr, base, there, tokens, TOTAL, SPLITS, TOKENS, K, KP, NORM, NORM_EPS)
-    lines = tl.arange(0, NP)[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
-    mask = there[:, None] & (lines < N)
-    _, p = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + PRE + lines, PRE + lines, mask, r[:, None],
-                       tokens, PRE, KP, SPLITS)  # fmt: skip
+    _, p = gate_logits(partial_ptr, bias_ptr, alpha_ptr, base, there, r, tokens, SPLITS, TOKENS, N, NP, KP, PRE)
     return gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
+
+
+@triton.jit
+def gate_scalars(gates, N: tl.constexpr, NP: tl.constexpr) -> tl.tensor:
+    """The gates of one token, [1, NP], as N scalars."""
+    lines = tl.arange(0, NP)[None, :]
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (tl.sum(tl.sum(tl.where(lines == i, gates, 0.0), axis=1), axis=0),)
+    return found
 
 
 @triton.jit

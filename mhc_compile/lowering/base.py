@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,26 @@ class LoweringLog:
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 """What changes the shape of a tensor and nothing else, on graphs behind autograd."""
+
+
+def result(node: fx.Node, index: int) -> list[fx.Node]:
+    """Who picks a result of a node with several."""
+    return [user for user in node.users if user.args[1] == index]
+
+
+def readers(values: Iterable[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """(who reads these values, through views of them too; the views)."""
+    found: list[fx.Node] = []
+    views: list[fx.Node] = []
+    ways = list(values)
+    for value in ways:  # grows while it is walked through
+        for user in value.users:
+            if user.target in VIEWS:
+                views.append(user)
+                ways.append(user)
+            else:
+                found.append(user)
+    return found, views
 
 
 def origin(node: fx.Node) -> dict[str, Any]:

@@ -161,6 +161,33 @@ def part_logits(
 
 
 @triton.jit
+def gate_logits(
+    partial_ptr, bias_ptr, alpha_ptr, base, there, r, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, START: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """`part_logits` of the N rows of phi from START on, each [TOKENS, NP]; `base` is token * KP, `r` the lengths."""
+    lines = tl.arange(0, NP)[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
+    mask = there[:, None] & (lines < N)
+    return part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None] + START + lines, START + lines, mask, r[:, None],
+                       tokens, START, KP, SPLITS)  # fmt: skip
+
+
+@triton.jit
+def matrix_logits(
+    partial_ptr, bias_ptr, alpha_ptr, base, there, r, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, RES: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """(m, logits, number of each cell, mask of what is no padding) of the N * N rows from RES on, each [TOKENS, NP,
+    NP]."""
+    row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
+    cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
+    valid = (row < N) & (column < N) & (cells >= 0)
+    m, s = part_logits(partial_ptr, bias_ptr, alpha_ptr, base[:, None, None] + RES + cells, RES + cells,
+                       valid & there[:, None, None], r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
+    return m, s, cells, valid
+
+
+@triton.jit
 def write_coefficients(
     partial_ptr, bias_ptr, alpha_pre_ptr, alpha_post_ptr, alpha_res_ptr, pre_ptr, post_ptr, res_ptr, projection_ptr,
     token, r, tokens, SPLITS: tl.constexpr, TOKENS: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr,
@@ -177,26 +204,22 @@ def write_coefficients(
     lines = line[None, :] + tl.zeros((TOKENS, NP), dtype=tl.int32)
     mask = there[:, None] & (lines < N)
     if PRE >= 0:
-        m, p = part_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base[:, None] + PRE + lines, PRE + lines, mask,
-                           r[:, None], tokens, PRE, KP, SPLITS)  # fmt: skip
+        m, p = gate_logits(partial_ptr, bias_ptr, alpha_pre_ptr, base, there, r, tokens, SPLITS, TOKENS, N, NP, KP, PRE)
         if PROJECTION:
             tl.store(projection_ptr + token[:, None] * (K + 1) + PRE + lines, m, mask=mask)
         p = gate(p, SIGMOID, PRE_SCALE, PRE_EPS)
         tl.store(pre_ptr + token[:, None] * N + lines, p, mask=mask)
     if POST >= 0:
-        m, q = part_logits(partial_ptr, bias_ptr, alpha_post_ptr, base[:, None] + POST + lines, POST + lines, mask,
-                           r[:, None], tokens, POST, KP, SPLITS)  # fmt: skip
+        m, q = gate_logits(partial_ptr, bias_ptr, alpha_post_ptr, base, there, r, tokens, SPLITS, TOKENS, N, NP, KP,
+                           POST)  # fmt: skip
         if PROJECTION:
             tl.store(projection_ptr + token[:, None] * (K + 1) + POST + lines, m, mask=mask)
         q = gate(q, SIGMOID, POST_SCALE, POST_EPS)
         tl.store(post_ptr + token[:, None] * N + lines, q.to(post_ptr.dtype.element_ty), mask=mask)
     if RES >= 0:
-        row, column = tl.arange(0, NP)[None, :, None], tl.arange(0, NP)[None, None, :]
-        cells = row * N + column + tl.zeros((TOKENS, NP, NP), dtype=tl.int32)
-        valid = (row < N) & (column < N) & (cells >= 0)
+        m, s, cells, valid = matrix_logits(partial_ptr, bias_ptr, alpha_res_ptr, base, there, r, tokens, SPLITS, TOKENS,
+                                           N, NP, KP, RES)  # fmt: skip
         mask3 = valid & there[:, None, None]
-        m, s = part_logits(partial_ptr, bias_ptr, alpha_res_ptr, base[:, None, None] + RES + cells, RES + cells, mask3,
-                           r[:, None, None], tokens, RES, KP, SPLITS)  # fmt: skip
         if PROJECTION:
             tl.store(projection_ptr + token[:, None, None] * (K + 1) + RES + cells, m, mask=mask3)
         if SINKHORN:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from mhc_compile.ops.coefficients import ATTRIBUTES, split_arguments
 from mhc_compile.ops.spec import CoefficientSpec
 
-from .base import FEW, FORWARD_TARGETS, LoweringLog, arguments
+from .base import FEW, FORWARD_TARGETS, LoweringLog, arguments, result
 from .inline import insert_function, replace
 from .launch import hint, tokens_of
 
@@ -40,11 +40,6 @@ class FewTokens:
     """The gate of the mix is there before the coefficients are (`single_pass`)."""
     post: fx.Node | None
     """The `post` that makes the state, if it can take the projection with it."""
-
-
-def result(node: fx.Node, index: int) -> list[fx.Node]:
-    """Who picks a result of a node with several."""
-    return [user for user in node.users if user.args[1] == index]
 
 
 def pending(nodes: Iterable[Any], before: fx.Node) -> set[fx.Node] | None:

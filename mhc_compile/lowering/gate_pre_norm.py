@@ -9,7 +9,7 @@ Traffic, n = 4: n + 1 = 5 u (with u kept n + 2 = 6), and n + 1 numbers a token a
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
 # mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
-# ruff: noqa: ANN001, RUF005
+# ruff: noqa: ANN001
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch import Tensor, fx
 
 from mhc_compile.ops.coefficients import ATTRIBUTE_SCHEMA
 
-from .activate_pre import CONSTANTS, token_gates
-from .base import VIEWS, LoweringLog, arguments
+from .activate_pre import CONSTANTS, gate_scalars, token_gates
+from .base import LoweringLog, arguments, readers
 from .coefficients import activation_constants, spec_of
 from .inline import insert_function, replace
 from .launch import by_token, kernel_op, launch, nonempty
@@ -45,14 +45,12 @@ def gate_pre_norm_kernel(
     here = token + tl.zeros((1,), dtype=tl.int64)
     gates = token_gates(partial_ptr, gate_bias_ptr, alpha_ptr, here, tokens, TOTAL, SPLITS, 1, N, NP, K, KP, PRE, NORM,
                         NORM_EPS, SIGMOID, PRE_SCALE, PRE_EPS)  # fmt: skip
-    lines = tl.arange(0, NP)[None, :]
-    p = ()
-    for i in tl.static_range(N):
-        p = p + (tl.sum(tl.sum(tl.where(lines == i, gates, 0.0), axis=1), axis=0),)
+    p = gate_scalars(gates, N, NP)
     mix_and_norm(
         p, x_ptr, weight_ptr, bias_ptr, out_ptr, statistics_ptr, mixed_ptr, token, C, N, BC, KEEP, LAYER, EPS, OFFSET,
         ROUND, WEIGHT, BIAS,
     )  # fmt: skip
+    lines = tl.arange(0, NP)[None, :]
     tl.store(pre_ptr + token * N + lines, gates, mask=lines < N)
 
 
@@ -118,22 +116,21 @@ class Found:
     norm: fx.Node
 
 
+def norm_of(readers_of_gate: list[fx.Node]) -> fx.Node | None:
+    """The one norm among the readers of a gate, where it reads the gate before all others."""
+    norms = [reader for reader in readers_of_gate if str(reader.target) == "mhc_kernel.pre_norm.default"]
+    return norms[0] if len(norms) == 1 and norms[0] is min(readers_of_gate) else None
+
+
 def find(graph: fx.Graph) -> list[Found]:
     """The gates that a norm can compute for itself. Changes nothing."""
     found = []
     for gate in graph.nodes:
-        if str(gate.target) != "mhc_kernel.activate_pre.default":
-            continue
-        views: list[fx.Node] = []
-        readers = list(gate.users)
-        for reader in readers:  # grows while it is walked through
-            if reader.target in VIEWS:
-                views.append(reader)
-                readers.extend(reader.users)
-        norms = [reader for reader in readers if str(reader.target) == "mhc_kernel.pre_norm.default"]
-        others = [reader for reader in readers if reader not in (*views, *norms)]
-        if len(norms) == 1 and all(norms[0] < other for other in others):
-            found.append(Found(gate, views, norms[0]))
+        if str(gate.target) == "mhc_kernel.activate_pre.default":
+            reading, views = readers([gate])
+            norm = norm_of(reading)
+            if norm is not None:
+                found.append(Found(gate, views, norm))
     return found
 
 

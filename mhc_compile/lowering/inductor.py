@@ -21,7 +21,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mhc_compile import ops
 from mhc_compile.compat import chain_graph_passes, triton_version
-from mhc_compile.config import BY_NAME
 from mhc_compile.ops.base import compute_dtype
 
 from . import kernels, logits_alone, opaque, tune
@@ -182,8 +181,6 @@ class LowerPass(CustomGraphPass):
         graph.lint()
 
     def _fuses(self, name: str) -> bool:
-        if self.options is None:
-            return name not in BY_NAME
         if name == "activate_post" and self.options.schedule != "off":
             return False  # Sinkhorn is the scheduler's to move
         return bool(self.options.fuses(name))

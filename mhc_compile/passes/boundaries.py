@@ -198,7 +198,7 @@ class _Block:
     points: list[_Point]
     """Without the early inputs of the block: as if all of them were replayed. By bytes, none beats another."""
     savings: list[_Saving]
-    more: int = 0
+    added: int = 0
     """Femtoseconds that each of the points takes beside its own."""
 
 
@@ -299,12 +299,12 @@ def _sweep(chain: Chain, peak: float, kept: float, *, replay_inputs: bool) -> li
                 savings = block.savings
                 if not replay_inputs:
                     savings = _with_saving(savings, site, index, max(cap // 8, 8))
-                after[boundary] = _Block(block.live, _thinned(alive, cap), savings, block.more + replayed)
+                after[boundary] = _Block(block.live, _thinned(alive, cap), savings, block.added + replayed)
                 continue
             choices = [(k, t + replayed, trail) for k, t, trail in alive]
             more = ((k + site.branch_input, t, (trail, (index,), "input")) for k, t, trail in alive)
             choices += [point for point in more if point[0] <= kept]
-            after[boundary] = _Block(block.live, prune(choices, cap), block.savings, block.more)
+            after[boundary] = _Block(block.live, prune(choices, cap), block.savings, block.added)
         last = index + 1 == len(chain.sites)
         blocks = after if last else _step(after, chain, index + 1, prune, cap)
         if not blocks:
@@ -330,7 +330,7 @@ def _step(
         if not site.pinned:
             replayed = _exact(chain.state_seconds(index, boundary))
             live = block.live + site.state + site.again + (site.branch_input if site.early else 0)
-            after[boundary] = _Block(live, block.points, block.savings, block.more + replayed)
+            after[boundary] = _Block(live, block.points, block.savings, block.added + replayed)
         ended += _ended(block)
     keep: list[_Point] = [(k + site.cost, t, (trail, (index,), "state")) for k, t, trail in prune(ended, cap)]
     after[index] = _Block(site.rebuilt + site.again, keep, [(0, 0, ())], rebuild)
@@ -347,9 +347,9 @@ def _with_saving(savings: list[_Saving], site: Site, index: int, cap: int) -> li
 def _ended(block: _Block) -> list[_Point]:
     """The points of a block that ends, with each choice of early inputs to keep."""
     if not any(which for _, _, which in block.savings):
-        return [(k, t + block.more, trail) for k, t, trail in block.points]
+        return [(k, t + block.added, trail) for k, t, trail in block.points]
     return [
-        (k + size, t + block.more + less, (trail, which, "input") if which else trail)
+        (k + size, t + block.added + less, (trail, which, "input") if which else trail)
         for k, t, trail in block.points
         for size, less, which in block.savings
     ]

@@ -56,3 +56,9 @@ def operands(
     phi, bias, alphas = fp32(rows, n * width) * 0.1, fp32(rows), [fp32(1) for _ in range(3)]
     parts = (phi, None) if dtype == torch.float32 else coefficients.halves(phi, dtype)
     return Operands(x, g, y, du, q, h, p, weight, phi, bias, alphas, *parts)
+
+
+def partials(given: Operands) -> tuple[Tensor, list[Any]]:
+    """(partial projections [S, T, KP] of the streams, the default spec's attributes as ops take them)."""
+    spec = CoefficientSpec(streams=given.x.shape[1])
+    return coefficients.partials(given.x, given.phi, spec), list(spec.op_arguments().values())

@@ -212,17 +212,12 @@ def test_few_programs_share_a_token_only_where_there_are_few_tokens() -> None:
 @pytest.mark.parametrize("tokens", [96, 129, 2048])
 def test_the_numbers_of_the_two_kernels_on_a_device(tokens: int, width: int) -> None:
     from mhc_compile.lowering import activate_post, coefficients, post
+    from tests.lowering.operands import operands, partials
 
-    spec = CoefficientSpec()
-    flat = tuple(spec.op_arguments().values())
-    padded = coefficients.padded_rows(spec)
-    splits = coefficients.project_splits(tokens, padded, 4 * width, 2)
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        partial, bias, alphas = torch.randn(splits, tokens, padded).abs(), torch.randn(24), torch.randn(3, 1)
-        x, y = torch.randn(1, tokens, 4, width).to(torch.bfloat16), torch.randn(1, tokens, width).to(torch.bfloat16)
+    given = operands(tokens, width)
+    (partial, flat), x, y, bias, alphas = partials(given), given.x, given.y, given.bias, given.alphas
     _, q, h, _ = coefficients.activate(partial, bias, *alphas, 4 * width, *flat)
-    want = post.forward(x, y, q.view(1, tokens, 4), h.view(1, tokens, 4, 4), False)
+    want = post.forward(x, y, q, h, False)
     got = activate_post.forward(x, y, partial, bias, *alphas[1:], 4 * width, False, *flat)
     # Sinkhorn adds four numbers across threads here and within one there: another order, another last bit of float32.
     assert float((got.double() - want.double()).norm() / want.double().norm()) < 1e-4

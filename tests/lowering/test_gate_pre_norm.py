@@ -107,18 +107,13 @@ def test_a_gate_that_is_wanted_elsewhere_first_stays(how: dict[str, int]) -> Non
 @pytest.mark.parametrize("width", [1024, 2560, 4096, 1000])
 @pytest.mark.parametrize("tokens", [96, 1024])
 def test_the_bits_of_the_two_calls_on_a_device(tokens: int, width: int) -> None:
-    from mhc_compile.lowering import activate_pre, coefficients, gate_pre_norm, pre_norm
+    from mhc_compile.lowering import activate_pre, gate_pre_norm, pre_norm
+    from tests.lowering.operands import operands, partials
 
-    spec = CoefficientSpec()
-    flat = tuple(spec.op_arguments().values())
-    padded = coefficients.padded_rows(spec)
-    splits = coefficients.project_splits(tokens, padded, 4 * width, 2)
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        partial, bias, alpha = torch.randn(splits, tokens, padded).abs(), torch.randn(spec.rows), torch.randn(1)
-        x, weight = torch.randn(1, tokens, 4, width).to(torch.bfloat16), torch.randn(width).to(torch.bfloat16)
-    own = (weight, None, "rms", 1e-6, 0.0, True)
-    gate = activate_pre.activate_pre(partial, bias, alpha, 4 * width, *flat)
-    want = (*pre_norm.forward(x, gate.view(1, tokens, 4), *own, True), gate)
-    got = gate_pre_norm.forward(x, *own, True, partial, bias, alpha, 4 * width, *flat)
+    given = operands(tokens, width)
+    (partial, flat), x, alpha = partials(given), given.x, given.alphas[0]
+    own = (given.weight, None, "rms", 1e-6, 0.0, True)
+    gate = activate_pre.activate_pre(partial, given.bias, alpha, 4 * width, *flat)
+    want = (*pre_norm.forward(x, gate, *own, True), gate)
+    got = gate_pre_norm.forward(x, *own, True, partial, given.bias, alpha, 4 * width, *flat)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
