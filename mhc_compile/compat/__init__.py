@@ -38,6 +38,7 @@ from .dynamo import (
 from .inductor import (
     aot_inference,
     chain_graph_passes,
+    declare_fallbacks,
     fake_inputs,
     inductor_compile,
     inductor_decompositions,
@@ -59,6 +60,7 @@ __all__ = [
     "compiled_by_torch",
     "current_scope",
     "current_translator",
+    "declare_fallbacks",
     "evaluate_source",
     "fake_inputs",
     "graph_module",

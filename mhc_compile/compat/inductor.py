@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +176,21 @@ def keep_kernel_launches() -> None:
     from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 
     fx.node.has_side_effect(triton_kernel_wrapper_mutation)
+
+
+def declare_fallbacks(ops: Iterable[torch._ops.OpOverload]) -> None:
+    """Tell inductor ahead that these ops are called as they are, with the layout that their tags ask for.
+
+    It finds that out by itself, but torch 2.11 spells out the call for a log message that nobody reads, with all the
+    opaque calls that its arguments come from: time that doubles from call to call of a chain (mended in 2.13).
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for op in ops:
+        if op not in lowerings:
+            tag = get_layout_constraint_tag(op, with_default=True)
+            make_fallback(op, layout_constraint=tag_to_layout_constraint(tag), warn=False)
 
 
 _ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")

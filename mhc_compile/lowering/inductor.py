@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mhc_compile import ops
-from mhc_compile.compat import chain_graph_passes, triton_version
+from mhc_compile.compat import chain_graph_passes, declare_fallbacks, triton_version
 from mhc_compile.ops.base import compute_dtype
 
 from . import kernels, logits_alone, opaque, tune
@@ -207,33 +207,49 @@ class LeavePass(CustomGraphPass):
         return ("mhc_compile.logits", source_hash(), self.key)
 
 
+def _is_ours(target: Any) -> bool:
+    """Whether a call is one of ours: mhc::, mhc_kernel::, mhc_native::, mhc_stream::."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace.partition("_")[0] == "mhc"
+
+
 class LaunchPass(CustomGraphPass):
     """Last of inductor's graph passes: gives a gate that the scheduler has set free to the kernel that reads it, and
     opens our kernels' opaque calls into launches (they mutate their outputs, and the passes before this one expect a
     functional graph), each with its setting: the fixed one, with the option `autotune` the one that was measured (see
-    `tune`)."""
+    `tune`). Without `opens` they stay opaque."""
 
-    def __init__(self, log: LoweringLog, options: Any = None) -> None:
+    def __init__(self, log: LoweringLog, options: Any = None, opens: bool = True) -> None:
         self.log = log
         self.options = options
+        self.opens = opens
         # Taken now: the backward is compiled on a thread of autograd's own, where no context of ours is.
         wanted = getattr(options, "autotune", False) and not torch.are_deterministic_algorithms_enabled()
         self.tuning = tune.current() or (tune.Session(log.record_setting) if wanted else None)
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Open every call of a kernel in `graph`."""
+        """Open every call of a kernel in `graph`; what stays a call of ours, inductor is told."""
         if any(str(node.target).startswith("mhc_kernel.") for node in graph.nodes):
             if self.options is None or self.options.fuses("gate_pre_norm"):
                 kernels.fuse_planned(graph, self.log)
-            with tune.session(self.tuning):
-                kernels.expand_launches(graph, self.log)
+            if self.opens:
+                with tune.session(self.tuning):
+                    kernels.expand_launches(graph, self.log)
             graph.lint()
+        declare_fallbacks({node.target for node in graph.nodes if _is_ours(node.target)})
 
     def uuid(self) -> Any:
         """Identity for inductor's caches."""
         tuned = tune.identity() if self.tuning is not None else None
         fused = self.options is None or bool(self.options.fuses("gate_pre_norm"))
-        return ("mhc_compile.launches", source_hash(), triton_version(), kernels.interpreted(), tuned, fused)
+        return (
+            "mhc_compile.launches",
+            source_hash(),
+            triton_version(),
+            kernels.interpreted(),
+            tuned,
+            fused,
+            self.opens,
+        )
 
 
 def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launches: bool = True) -> dict[str, object]:
@@ -249,10 +265,8 @@ def config_patches(options: Any, log: LoweringLog, key: str = "", traced_launche
     }
     if key:
         patches["joint_custom_post_pass"] = chain_graph_passes("joint_custom_post_pass", LeavePass(key))
-    if traced_launches:
-        patches["post_grad_custom_post_pass"] = chain_graph_passes(
-            "post_grad_custom_post_pass", LaunchPass(log, options)
-        )
+    launches = LaunchPass(log, options, traced_launches)
+    patches["post_grad_custom_post_pass"] = chain_graph_passes("post_grad_custom_post_pass", launches)
     return patches
 
 

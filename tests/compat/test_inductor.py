@@ -152,6 +152,35 @@ def test_a_kernel_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(asked) == 10
 
 
+def test_what_is_declared_inductor_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The description's length doubles along a chain of calls, and torch 2.11 writes it each time."""
+    from torch._inductor import config, exc
+    from torch._inductor.lowering import lowerings
+
+    described: list[Any] = []
+    original = exc.OperatorIssue.operator_str
+    monkeypatch.setattr(exc.OperatorIssue, "operator_str", lambda *args: described.append(args) or original(*args))
+    for name in ("exact", "flexible"):  # two ops with the layouts that ours ask for
+        tag = {"exact": torch.Tag.needs_exact_strides, "flexible": torch.Tag.flexible_layout}[name]
+        op = torch.library.custom_op(
+            f"mhc_compat_tests::{name}", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor", tags=(tag,)
+        )
+        op.register_fake(torch.empty_like)
+    ours = torch.ops.mhc_compat_tests
+    compat.declare_fallbacks([ours.exact.default, ours.flexible.default])
+    handler = lowerings[ours.exact.default]
+    compat.declare_fallbacks([ours.exact.default])
+    assert lowerings[ours.exact.default] is handler
+
+    def chain(x: torch.Tensor) -> torch.Tensor:
+        return ours.flexible(ours.exact(x.t() + 1)) * 2
+
+    x = torch.randn(3, 4)
+    with config.patch(fx_graph_cache=False):
+        torch.testing.assert_close(torch.compile(chain, fullgraph=True)(x), (x.t() + 1) * 2)
+    assert described == []
+
+
 def test_inductor_looks_the_analysis_up_when_it_asks() -> None:
     """A memo that is put into the module must be the one that is called."""
     from torch._inductor import ir
