@@ -173,19 +173,17 @@ FUSIONS = {
     "site_boundary": "that sum with the dot products of the post before it",
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
     "gate_pre_norm": "the gate into pre and norm, where Sinkhorn is elsewhere: on a side stream, or in post",
-    "activate_post": "the post gate and Sinkhorn into post, where no backward reads them, up to 2048 tokens",
+    "activate_post": "the post gate and Sinkhorn into post, where no backward reads them, up to 512 tokens",
     "few_tokens": "two launches a site for up to 64 tokens",
     "replay": "several sites of a recompute plan in one call, with what their branches read",
     "addends": "a sum of gradients into the kernel that reads it",
 }
 """What the option `fuse` may name, in the order of the passes."""
-BY_NAME = ("activate_post",)
-"""Of these, those that are on only if named: no measurement on a device says yet what they gain."""
 
 
 @dataclass(frozen=True)
 class Fusions:
-    """All but `BY_NAME` (True), none (False), or some of `FUSIONS` by name."""
+    """All (True), none (False), or some of `FUSIONS` by name."""
 
     @property
     def legal(self) -> str:
@@ -200,7 +198,7 @@ class Fusions:
         for name in names:
             if name not in FUSIONS:
                 raise ValueError(_nearest(name, FUSIONS) if isinstance(name, str) else "")
-        return True if set(names) == set(FUSIONS) - set(BY_NAME) else tuple(one for one in FUSIONS if one in names)
+        return True if set(names) == set(FUSIONS) else tuple(one for one in FUSIONS if one in names)
 
     def read(self, text: str) -> object:
         try:
@@ -260,8 +258,7 @@ class Options:
         True,
         Fusions(),
         "Fuse what neighbouring ops have in common into one kernel, and the norm that a branch begins with into the op "
-        f"that reads the streams. `True` is all but `{'`, `'.join(BY_NAME)}`, whose gain no device has measured. "
-        "The names: " + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items()) + ".",
+        "that reads the streams. The names: " + "; ".join(f"`{name}`, {what}" for name, what in FUSIONS.items()) + ".",
     )
     recompute: str | int = _option(
         "off",
@@ -308,7 +305,7 @@ class Options:
 
     def fuses(self, name: str) -> bool:
         """True if the fusion of `FUSIONS` is on."""
-        return self.fuse and name not in BY_NAME if isinstance(self.fuse, bool) else name in self.fuse
+        return self.fuse if isinstance(self.fuse, bool) else name in self.fuse
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -35,10 +35,10 @@ from .launch import by_token, hint, kernel_op, launch, load_raw, load_streams, n
 from .post import post_config
 from .sinkhorn import iterate
 
-MOST = 2048
-"""Most tokens (by their example) for which `post` makes its own coefficients. An estimate, not a measurement: they are
-about a thousand instructions a warp, four warps a token; for 2048 tokens that fills the issue slots of an H200 for 9 us
-as `activate` would, without the wait for memory that hides it here."""
+MOST = 512
+"""Most tokens (by their example) for which `post` makes its own coefficients. On an H200 a site gains 1 to 3 us of 19 to
+28 up to 512 tokens (`benchmarks.decode`) and loses 5 us of 44 at 1024, where the programs, a thousand instructions a
+warp and 80 registers a thread, no longer fit the device at once."""
 SHARED = 128
 """Up to so many tokens every block of channels has a program: a device has more multiprocessors than that."""
 
@@ -64,7 +64,7 @@ def activate_post_kernel(
 ) -> None:  # fmt: skip
     """Program: EACH blocks of channels of one token, all streams."""
     PARTS: tl.constexpr = (C + BC * EACH - 1) // (BC * EACH)
-    MASKED: tl.constexpr = C % BC != 0
+    MASKED: tl.constexpr = C % (BC * EACH) != 0
     program = tl.program_id(0)
     token = (program // PARTS).to(tl.int64)
     lanes = (program % PARTS) * (BC * EACH) + tl.arange(0, BC)
