@@ -3,8 +3,9 @@
 A chain of sites (coefficients, pre, RMSNorm of the branch input, post; the branch is the identity) in a CUDA graph,
 microseconds a site. The L2 is emptied before each replay: in a model the weights of a layer come from memory. Rows: our
 kernels with two launches a site (`few_tokens`, up to 64 tokens), with three (`activate_post`, here for any number of
-tokens) and with four, and `torch.compile` of the spelled-out chain. The result has every row and is written after each:
-one that would begin after `--seconds`, one that fails and one that is not asked for are "not measured", with the reason.
+tokens; or `activate_beside_norm`) and with four, and `torch.compile` of the spelled-out chain. The result has every row
+and is written after each: one that would begin after `--seconds`, one that fails and one that is not asked for are "not
+measured", with the reason.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ SWEEPS: dict[str, tuple[Any, list[dict[str, int]]]] = {
 
 ROWS: dict[str, tuple[Chain, Chain, bool | tuple[str, ...] | None, int]] = {
     "two launches": (ours, spelled, True, 8),
-    "three launches": (ours, spelled, without("few_tokens"), 8),
-    "four launches": (ours, spelled, without("few_tokens", "activate_post"), 8),
+    "three launches": (ours, spelled, without("few_tokens", "activate_beside_norm"), 8),
+    "three launches, Sinkhorn beside the norm": (ours, spelled, without("few_tokens", "activate_post"), 8),
+    "four launches": (ours, spelled, without("few_tokens", "activate_post", "activate_beside_norm"), 8),
     "two launches, single_pass": (single_pass, spelled_single_pass, True, 8),
     "torch.compile, spelled": (spelled, spelled, None, 2),
 }
@@ -84,7 +86,7 @@ def measure(name: str, tokens: int, width: int) -> Row:
 def told(name: str, tokens: int, width: int, row: Row) -> str:
     """The line that is printed for a row."""
     found = row.get("status") or f"{row['us_a_site']:7.2f} us a site  error {row['error']:.1e}"
-    return f"T {tokens:4d}  C {width}  {name:28s} {found}"
+    return f"T {tokens:4d}  C {width}  {name:40s} {found}"
 
 
 def sweep(tokens: list[int], widths: list[int]) -> dict[str, Any]:

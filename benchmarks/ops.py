@@ -27,6 +27,7 @@ from benchmarks.table import Row, attempt, blank, chosen
 from mhc_compile.config import Options
 from mhc_compile.lowering import (
     activate_again,
+    activate_beside_norm,
     activate_post,
     activate_pre,
     activate_pre_norm,
@@ -124,6 +125,7 @@ def cases(
     streams = (bf16(tokens, n, width), bf16(tokens, width), fp32(tokens, n), fp32(tokens, n, n))
     return {
         **_site_cases(streams, site, bf16, fp32),
+        **_beside_case(streams[0], site),
         **_own_case(bf16(most, n, width), bf16(most, width), site),
         **_few_cases((bf16(few, n, width), bf16(few, width), fp32(few, n), fp32(few, n, n)), site, bf16(width)),
         **_inductor_cases(streams[0], bf16, by_inductor),
@@ -224,6 +226,18 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "site_boundary, gate": (lambda: site_boundary.site_boundary(*boundary_of, True), 3 * n + 3),
     }  # fmt: skip
     return {name: Case(call, floor, tokens) for name, (call, floor) in rows.items()}
+
+
+def _beside_case(x: torch.Tensor, site: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]) -> dict[str, Case]:
+    """The norm with the coefficients beside it, in one launch."""
+    phi, bias, alphas = site
+    tokens, n, width = x.shape
+    spec = CoefficientSpec()
+    partial = coefficients.partials(x, phi, spec)
+    branch = (x.new_ones(width), None, "rms", 1e-6, 0.0, True, False)
+    given = (x, *branch, partial, bias, *alphas, n * width, *spec.op_arguments().values())
+    floor = n + 1 + _numbers(partial.shape[0] * 25 + 49, width)
+    return {"activate_beside_norm": Case(lambda: activate_beside_norm.forward(*given), floor, tokens)}
 
 
 def _own_case(x: torch.Tensor, y: torch.Tensor, site: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]

@@ -174,6 +174,7 @@ FUSIONS = {
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
     "gate_pre_norm": "the gate into pre and norm, where Sinkhorn is elsewhere: on a side stream, or in post",
     "activate_post": "the post gate and Sinkhorn into post, where no backward reads them, up to 512 tokens",
+    "activate_beside_norm": "gates and Sinkhorn into the launch of the norm, which does not wait for them",
     "few_tokens": "two launches a site for up to 64 tokens",
     "replay": "several sites of a recompute plan in one call, with what their branches read",
     "addends": "a sum of gradients into the kernel that reads it",

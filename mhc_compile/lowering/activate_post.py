@@ -36,8 +36,8 @@ from .post import post_config
 from .sinkhorn import iterate
 
 MOST = 512
-"""Most tokens (by their example) for which `post` makes its own coefficients. On an H200 a site gains 1 to 3 us of 19 to
-28 up to 512 tokens (`benchmarks.decode`) and loses 5 us of 44 at 1024, where the programs, a thousand instructions a
+"""Most tokens (by their example) for which `post` makes its own coefficients. On an H200 a site gains 1 to 3 us of 19
+to 28 up to 512 tokens (`benchmarks.decode`) and loses 5 us of 44 at 1024, where the programs, a thousand instructions a
 warp and 80 registers a thread, no longer fit the device at once."""
 SHARED = 128
 """Up to so many tokens every block of channels has a program: a device has more multiprocessors than that."""

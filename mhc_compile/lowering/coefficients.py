@@ -194,10 +194,10 @@ def write_coefficients(
     KP: tl.constexpr, PRE: tl.constexpr, POST: tl.constexpr, RES: tl.constexpr, SIGMOID: tl.constexpr,
     PRE_SCALE: tl.constexpr, PRE_EPS: tl.constexpr, POST_SCALE: tl.constexpr, POST_EPS: tl.constexpr,
     SINKHORN: tl.constexpr, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr,
-    STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, PROJECTION: tl.constexpr,
+    STEPS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, PROJECTION: tl.constexpr, WHOLE: tl.constexpr = False,
 ) -> None:  # fmt: skip
     """pre, post and res of the tokens `token` [TOKENS] with lengths `r`, from rows of KP sums each; PROJECTION: and the
-    sums over the splits."""
+    sums over the splits. WHOLE: see `sinkhorn.line_sum`."""
     there = token < tokens
     base = token * KP
     line = tl.arange(0, NP)
@@ -223,7 +223,7 @@ def write_coefficients(
         if PROJECTION:
             tl.store(projection_ptr + token[:, None, None] * (K + 1) + RES + cells, m, mask=mask3)
         if SINKHORN:
-            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP)
+            s = iterate(s, valid, POSITIVITY, POSITIVE_EPS, ROW_FIRST, STEPS, EPS, CLAMP, N, NP, WHOLE)
         tl.store(res_ptr + token[:, None, None] * (N * N) + cells, s.to(res_ptr.dtype.element_ty), mask=mask3)
 
 

@@ -54,15 +54,16 @@ def gate_pre_norm_kernel(
     tl.store(pre_ptr + token * N + lines, gates, mask=lines < N)
 
 
-_NORM = (
+NORM_SCHEMA = (
     "Tensor state, Tensor? weight, Tensor? norm_bias, str kind, float eps, float offset, bool round_first, bool keep"
 )
+"""The arguments of `mhc_kernel::pre_norm` without its gate, which other kernels make themselves."""
 
 
 @kernel_op(
     "gate_pre_norm",
     schema=(
-        f"({_NORM}, Tensor partial, Tensor bias, Tensor alpha_pre, int total, {ATTRIBUTE_SCHEMA}) "
+        f"({NORM_SCHEMA}, Tensor partial, Tensor bias, Tensor alpha_pre, int total, {ATTRIBUTE_SCHEMA}) "
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )

@@ -181,7 +181,7 @@ class LowerPass(CustomGraphPass):
         graph.lint()
 
     def _fuses(self, name: str) -> bool:
-        if name == "activate_post" and self.options.schedule != "off":
+        if name in ("activate_post", "activate_beside_norm") and self.options.schedule != "off":
             return False  # Sinkhorn is the scheduler's to move
         return bool(self.options.fuses(name))
 

@@ -50,7 +50,7 @@ def register_kernels(device: torch.device | None) -> None:
     if not platform_refusal(device):
         from . import activate_pre, boundary, coefficients, coefficients_backward, post, pre, sinkhorn  # noqa: F401
         from . import logits_backward_parts  # noqa: F401  # isort: skip
-        from . import activate_again, activate_post, activate_pre_norm  # noqa: F401  # isort: skip
+        from . import activate_again, activate_beside_norm, activate_post, activate_pre_norm  # noqa: F401  # isort: skip
         from . import gate_pre_norm, post_project  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
@@ -155,6 +155,10 @@ def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]
         from . import activate_post
 
         activate_post.merge(graph, log)
+    if fuses("activate_beside_norm") and any(str(node.target) == "mhc_kernel.activate.default" for node in graph.nodes):
+        from . import activate_beside_norm
+
+        activate_beside_norm.merge(graph, log)
     if fuses("site_boundary") and any(str(node.target).startswith("mhc_kernel.post_dots") for node in graph.nodes):
         from . import site_boundary
 

@@ -69,11 +69,24 @@ def _pad_lines(total, N: tl.constexpr, NP: tl.constexpr, AXIS: tl.constexpr) -> 
 
 
 @triton.jit
+def line_sum(m, AXIS: tl.constexpr, WHOLE: tl.constexpr) -> tl.tensor:
+    """The sums along AXIS, kept as a dimension of size 1.
+
+    WHOLE: a thread holds whole matrices of up to 4 x 4. It adds down a column what is half a column apart first, as the
+    threads do that share a matrix where this is False: the same bits.
+    """
+    if WHOLE and AXIS == 1 and m.shape[1] > 2:
+        m = tl.sum(tl.reshape(m, (m.shape[0], 2, m.shape[1] // 2, m.shape[2])), axis=1)
+    return tl.sum(m, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
 def divisor(
-    m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr
-) -> tl.tensor:
+    m, AXIS: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+) -> tl.tensor:  # fmt: skip
     """The divisors of one half step along AXIS, kept as a dimension of size 1."""
-    total = tl.sum(m, axis=AXIS, keep_dims=True)
+    total = line_sum(m, AXIS, WHOLE)
     if CLAMP:
         total = tl.maximum(total, EPS)
     else:
@@ -82,10 +95,10 @@ def divisor(
 
 
 @triton.jit
-def log_sum(m, AXIS: tl.constexpr) -> tl.tensor:
+def log_sum(m, AXIS: tl.constexpr, WHOLE: tl.constexpr = False) -> tl.tensor:
     """logsumexp along AXIS, kept as a dimension of size 1."""
     top = tl.max(m, axis=AXIS, keep_dims=True)
-    return top + tl.log(tl.sum(tl.exp(m - top), axis=AXIS, keep_dims=True))
+    return top + tl.log(line_sum(tl.exp(m - top), AXIS, WHOLE))
 
 
 @triton.jit
@@ -110,32 +123,32 @@ def positive(x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr) -> 
 @triton.jit
 def half_step(
     m, valid, AXIS: tl.constexpr, LOG: tl.constexpr, EPS: tl.constexpr, CLAMP: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, QUOTIENT: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, QUOTIENT: tl.constexpr, WHOLE: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
     """One normalisation along AXIS (2 = row, 1 = column). QUOTIENT: the divisor may be a denormal, whose reciprocal is
-    infinite."""
+    infinite. WHOLE: see `line_sum`."""
     if LOG:
-        return tl.where(valid, m - log_sum(m, AXIS), -1e30)
+        return tl.where(valid, m - log_sum(m, AXIS, WHOLE), -1e30)
     if QUOTIENT:
-        return m / divisor(m, AXIS, EPS, CLAMP, N, NP)
-    return m * (1.0 / divisor(m, AXIS, EPS, CLAMP, N, NP))
+        return m / divisor(m, AXIS, EPS, CLAMP, N, NP, WHOLE)
+    return m * (1.0 / divisor(m, AXIS, EPS, CLAMP, N, NP, WHOLE))
 
 
 @triton.jit
 def iterate(
     x, valid, POSITIVITY: tl.constexpr, POSITIVE_EPS: tl.constexpr, ROW_FIRST: tl.constexpr, STEPS: tl.constexpr,
-    EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    EPS: tl.constexpr, CLAMP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, WHOLE: tl.constexpr = False,
 ) -> tl.tensor:  # fmt: skip
-    """Logits [B, NP, NP] -> the projected matrix."""
+    """Logits [B, NP, NP] -> the projected matrix. WHOLE: see `line_sum`."""
     LOG: tl.constexpr = POSITIVITY == "log"
     FIRST: tl.constexpr = 2 if ROW_FIRST else 1
     QUOTIENT: tl.constexpr = POSITIVITY == "exp" and EPS == 0.0  # nothing takes the maximum off, or keeps lines from 0
     m = positive(x, valid, POSITIVITY, POSITIVE_EPS)
     for _ in range(STEPS // 2):
-        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
-        m = half_step(m, valid, 3 - FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
+        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT, WHOLE)
+        m = half_step(m, valid, 3 - FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT, WHOLE)
     if STEPS % 2 == 1:
-        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT)
+        m = half_step(m, valid, FIRST, LOG, EPS, CLAMP, N, NP, QUOTIENT, WHOLE)
     if LOG:
         m = tl.exp(m)
     return m

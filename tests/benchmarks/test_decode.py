@@ -72,5 +72,7 @@ def test_a_row_is_what_its_name_says() -> None:
     assert isinstance(four := fusions["four launches"], tuple)
     assert "few_tokens" not in three
     assert set(three) - set(four) == {"activate_post"}
+    assert isinstance(beside := fusions["three launches, Sinkhorn beside the norm"], tuple)
+    assert set(beside) - set(four) == {"activate_beside_norm"}
     refused = {"status": "not measured: two launches are for at most 64 tokens"}
     assert decode.measure("two launches", 65, 64) == refused

@@ -9,6 +9,7 @@ import torch
 
 from mhc_compile.lowering import (
     activate_again,
+    activate_beside_norm,
     activate_post,
     activate_pre,
     activate_pre_norm,
@@ -32,8 +33,8 @@ from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.operands import DEVICE, N, operands
 
 MODULES = (
-    activate_again, activate_post, activate_pre, activate_pre_norm, gate_pre_norm, post, post_pre_norm, post_project,
-    pre, replay, replay_normed, sinkhorn,
+    activate_again, activate_beside_norm, activate_post, activate_pre, activate_pre_norm, gate_pre_norm, post,
+    post_pre_norm, post_project, pre, replay, replay_normed, sinkhorn,
 )  # fmt: skip
 """Imported for the ops that they register."""
 NAMES = sorted(str(op).removeprefix("mhc_kernel.").removesuffix(".default") for op in KERNEL_OPS)
@@ -86,6 +87,7 @@ def calls(
         "project": [(x, hi, lo, spec.rows, padded, splits)],
         "activate": [active],
         "activate_again": [(projection, bias, *alphas, *flat)],
+        "activate_beside_norm": [(x, *branch, keep, *active) for keep in (False, True)],
         "activate_post": [(x, y, partial, bias, *alphas[1:], total, False, *flat)],
         "activate_pre": [(partial, bias, alphas[0], total, *flat)],
         "activate_pre_norm": [

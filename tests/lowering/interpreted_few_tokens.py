@@ -215,10 +215,12 @@ def test_two_launches_a_site(variant: str, norm: str) -> None:
 
 
 def test_more_launches_for_many_tokens() -> None:
-    """Four a site, or three where post makes its own coefficients."""
+    """Four a site, or three where post makes its own coefficients, or the norm's launch makes them."""
     four = ["project", "activate", "pre_norm", "post"]
-    without = tuple(name for name in FUSIONS if name != "activate_post")
-    for fuse, site in ((without, four), (True, ["project", "gate_pre_norm", "activate_post"])):
+    within = tuple(name for name in FUSIONS if name != "activate_post")
+    neither = tuple(name for name in within if name != "activate_beside_norm")
+    beside, post = ["project", "activate_beside_norm", "post"], ["project", "gate_pre_norm", "activate_post"]
+    for fuse, site in ((neither, four), (within, beside), (True, post)):
         torch._dynamo.reset()
         seen: list[Any] = []
         x, w, sites = chain_inputs(33, count=2)

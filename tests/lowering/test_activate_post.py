@@ -66,7 +66,9 @@ def sites(x, w, *parameters):
         state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
     return torch.ops.mhc.collapse.default(state, "mean")
 
-def run(grad, lengths=(33,), fuse=True, **options):
+alone = tuple(name for name in FUSIONS if name != "activate_beside_norm")
+
+def run(grad, lengths=(33,), fuse=alone, **options):
     torch._dynamo.reset()
     log, seen = LoweringLog(), []
     compiled = lowered(sites, Options(fuse=fuse, **options), log, seen)
@@ -89,7 +91,7 @@ four = 2 * ["project", "activate", "pre_norm", "post"]
 assert run(True)[0] == four  # a backward reads the coefficients
 assert run(False, schedule="auto")[0] == four
 for without in ("activate_post", "gate_pre_norm"):
-    called, log = run(False, fuse=tuple(name for name in FUSIONS if name != without))
+    called, log = run(False, fuse=tuple(name for name in alone if name != without))
     assert called == four and "activate + post" not in {entry.op for entry in log.entries}
 activate_post.MOST = 65
 called, log = run(False)
@@ -105,11 +107,13 @@ def test_whole_graphs() -> None:
     assert "fused" in interpreted(GRAPHS)
 
 
-def graph_of(extra: str = "", norm: bool = True) -> fx.Graph:
-    """activate -> views -> norm and post, as a forward without a backward has it; `extra`: a result read elsewhere."""
-    from mhc_compile.lowering import coefficients, post, pre, pre_norm  # noqa: F401  # registers the ops
+def graph_of(extra: str = "", norm: bool = True, streams: int = 4, late: bool = False) -> fx.Graph:
+    """activate -> views -> norm and post, as a forward without a backward has it; `extra`: a result read elsewhere;
+    `late`: the norm's weight is made of the coefficients."""
+    from mhc_compile.lowering import post, pre, pre_norm  # noqa: F401  # registers the ops
+    from mhc_compile.lowering.coefficients import padded_rows
 
-    graph, mode, spec = fx.Graph(), FakeTensorMode(), CoefficientSpec()
+    graph, mode, spec, n = fx.Graph(), FakeTensorMode(), CoefficientSpec(streams=streams), streams
     kernels, aten = torch.ops.mhc_kernel, torch.ops.aten
 
     def given(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
@@ -125,20 +129,21 @@ def graph_of(extra: str = "", norm: bool = True) -> fx.Graph:
             node.meta["val"] = target(*values)  # type: ignore[operator,misc]  # an overload, or getitem
         return node
 
-    x, y = given("x", 1, 96, 4, 32, dtype=torch.bfloat16), given("y", 1, 96, 32, dtype=torch.bfloat16)
-    partial, bias = given("partial", 2, 96, 32), given("bias", spec.rows)
+    x, y = given("x", 1, 96, n, 32, dtype=torch.bfloat16), given("y", 1, 96, 32, dtype=torch.bfloat16)
+    partial, bias = given("partial", 2, 96, padded_rows(spec)), given("bias", spec.rows)
     alphas = [given(f"alpha_{part}", 1) for part in spec.parts]
-    every = call(kernels.activate.default, partial, bias, *alphas, 128, *spec.op_arguments().values())
+    every = call(kernels.activate.default, partial, bias, *alphas, 32 * n, *spec.op_arguments().values())
     gate, q, h, projection = (call(operator.getitem, every, index) for index in range(4))
-    gate_view = call(aten.view.default, gate, [1, 96, 4])
-    q_view, h_view = call(aten.view.default, q, [1, 96, 4]), call(aten.view.default, h, [1, 96, 4, 4])
+    gate_view = call(aten.view.default, gate, [1, 96, n])
+    q_view, h_view = call(aten.view.default, q, [1, 96, n]), call(aten.view.default, h, [1, 96, n, n])
     if extra == "two":  # each post takes its gate from one and H_res from the other
-        other = call(kernels.activate.default, partial, bias, *alphas, 128, *spec.op_arguments().values())
+        other = call(kernels.activate.default, partial, bias, *alphas, 32 * n, *spec.op_arguments().values())
         h_view = call(aten.view.default, call(operator.getitem, other, 2), [1, 96, 4, 4])
     elif extra == "given":
         h_view = given("h", 1, 96, 4, 4)
     if norm:
-        mixed = call(kernels.pre_norm.default, x, gate_view, None, None, "rms", 1e-6, 0.0, True, False)
+        weight = call(aten.sum.dim_IntList, call(aten.view.default, q, [96 * n // 32, 32]), [0]) if late else None
+        mixed = call(kernels.pre_norm.default, x, gate_view, weight, None, "rms", 1e-6, 0.0, True, False)
         u = call(operator.getitem, mixed, 0)
     else:
         u = call(kernels.pre.default, x, gate_view)

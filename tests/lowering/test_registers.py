@@ -22,6 +22,7 @@ REGISTERS = {
     "project": (168,),
     "activate": (48,),
     "activate_again": (48,),
+    "activate_beside_norm": (64, 64),
     "activate_post": (80,),
     "activate_pre": (32,),
     "activate_pre_norm": (64, 64, 48),
