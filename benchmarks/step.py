@@ -65,6 +65,10 @@ ROWS: dict[str, Callable[[nn.Module], Any]] = {
 """Name -> (plain model -> what steps, or why there is nothing), in the order in which they are measured."""
 
 
+ROUNDS = 30
+"""Of steps in turns. Clocks follow the power that both draw: single ratios spread by some percent."""
+
+
 def build(layers: int) -> nn.Module:
     from transformers import Qwen3Config, Qwen3Model
 
@@ -112,7 +116,7 @@ def compare(results: dict[str, Any], steps: dict[str, Callable[[], object]]) -> 
     plain: list[float] = []
     for name, step in steps.items():
         if name != BASE:
-            times = in_turns({BASE: steps[BASE], name: step})
+            times = in_turns({BASE: steps[BASE], name: step}, rounds=ROUNDS)
             over = [ratio - 1 for ratio in ratios(times[name], times[BASE])]
             results[name] |= {
                 "step_ms": statistics.median(times[name]), "over_plain": statistics.median(over),

@@ -171,6 +171,7 @@ FUSIONS = {
     "norm": "the norm that a branch begins with, into the op that reads the streams",
     "stream_gradient": "the sum of what a state gets through post, pre and coefficients",
     "site_boundary": "that sum with the dot products of the post before it",
+    "ends": "the last post and collapse in one kernel; what all streams share there and in front, written once",
     "post_pre_norm": "post with the next site's pre and norm, where the gate is known before",
     "gate_pre_norm": "the gate into pre and norm, where Sinkhorn is elsewhere: on a side stream, or in post",
     "activate_post": "the post gate and Sinkhorn into post, where no backward reads them, up to 512 tokens",

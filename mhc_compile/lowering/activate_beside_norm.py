@@ -30,13 +30,16 @@ from .coefficients import activation_constants, lengths, spec_of, write_coeffici
 from .few_tokens import lift, pending
 from .gate_pre_norm import NORM_SCHEMA, norm_of
 from .inline import insert_function, replace
-from .launch import by_token, kernel_op, launch, nonempty
+from .launch import by_token, hint, kernel_op, launch, nonempty, tokens_of
 from .pre_norm import columns, config, mix_and_norm
 
 WARP = 32
 """Threads of a warp."""
-MOST_STREAMS = 4
-"""A thread that holds a matrix of eight streams adds in another order than `activate`, and keeps 64 numbers."""
+STREAMS = (1, 2, 4)
+"""A thread that holds a matrix of three streams adds in another order than `activate`; eight are 64 numbers."""
+LEAST = 2048
+"""Least tokens (by their example). On an H200 a site gains 7 us of 300 with 8192 tokens and 3 of 86 with 2048; with
+fewer, one Sinkhorn a thread takes longer than the norm beside it (36 us for 32 with 1024; `benchmarks.decode`)."""
 
 
 @triton.jit
@@ -158,8 +161,11 @@ def reason(one: Found) -> str:
     """Why what was found stays as it is; empty if `merge` takes it."""
     values = needed(one)
     streams: Tensor = fake(values["streams"])
-    if streams.shape[-2] > MOST_STREAMS:
-        return f"{streams.shape[-2]} streams, a thread holds matrices of up to {MOST_STREAMS}"
+    if streams.shape[-2] not in STREAMS:
+        return f"{streams.shape[-2]} streams, a thread holds a matrix of {STREAMS}"
+    tokens = hint(tokens_of(streams))
+    if tokens < LEAST:
+        return f"{tokens} tokens, Sinkhorn beside the norm is for at least {LEAST}"
     if pending(values.values(), one.coefficients) is None:
         return "the norm reads what is not known before the coefficients"
     return ""
@@ -187,4 +193,4 @@ def merge(graph: fx.Graph, log: LoweringLog) -> int:
     return count
 
 
-__all__ = ["MOST_STREAMS", "Found", "find", "forward", "merge", "reason"]
+__all__ = ["LEAST", "STREAMS", "Found", "find", "forward", "merge", "reason"]

@@ -28,7 +28,7 @@ from mhc_compile.ops.spec import CoefficientSpec
 
 from .coefficients import halves
 from .coefficients_backward import phi_gradient
-from .launch import by_token, dot, hint, kernel_op, launch_tuned, nonempty
+from .launch import by_token, dot, hint, is_row, kernel_op, launch_tuned, nonempty
 
 GROUP = 32
 """Channels among which the tensor core's results are dealt out: 4 neighbouring threads hold 8 of them each."""
@@ -61,9 +61,10 @@ def streams_backward_kernel(
     x_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr, tokens, C: tl.constexpr,
     N: tl.constexpr, KP: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, SPAN: tl.constexpr,
     WARPS: tl.constexpr, POST: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr, PRE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr, ALIKE: tl.constexpr, SUMMED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored."""
+    """Program: BT tokens, SPAN channels in blocks of BC, all streams; a block is loaded before any of it is stored.
+    ALIKE: dX' is one row for all streams. SUMMED: dX is added up over the streams."""
     SPANS: tl.constexpr = (C + SPAN - 1) // SPAN
     MASKED: tl.constexpr = C % SPAN != 0
     CP: tl.constexpr = (C + 31) // 32 * 32
@@ -75,8 +76,8 @@ def streams_backward_kernel(
     # Offsets within a tile fit 32 bits; the tile's own place, which need not, goes into the pointers.
     state_base = base * (N * C)
     x_ptr += state_base
-    grad_ptr += state_base
-    out_ptr += state_base
+    grad_ptr += base * C if ALIKE else state_base
+    out_ptr += base * C if SUMMED else state_base
     du_ptr += base * C
     res_ptr += base * (N * N)
     pre_ptr += base * N
@@ -113,9 +114,12 @@ def streams_backward_kernel(
         if POST:
             gs = ()
             for o in tl.static_range(N):
-                gs = gs + (tl.load(grad_ptr + state + o * C, mask=mask, other=0.0),)
+                own = rows * C + columns if ALIKE else state + o * C
+                gs = gs + (tl.load(grad_ptr + own, mask=mask, other=0.0),)
         if PRE:
             du = tl.load(du_ptr + rows * C + columns, mask=mask, other=0.0)
+        if SUMMED:
+            added = tl.zeros((BT, BC), dtype=tl.float32)
         for i in tl.static_range(N):
             total = tl.zeros((BT, BC), dtype=tl.float32)
             if COEFFICIENTS:
@@ -135,7 +139,13 @@ def streams_backward_kernel(
                     total += gs[i].to(tl.float32)
             if PRE:
                 total += p[i] * du.to(tl.float32)
-            tl.store(out_ptr + state + i * C, total.to(out_ptr.dtype.element_ty), mask=mask)
+            value = total.to(out_ptr.dtype.element_ty)
+            if SUMMED:
+                added += value.to(tl.float32)
+            else:
+                tl.store(out_ptr + state + i * C, value, mask=mask)
+        if SUMMED:
+            tl.store(out_ptr + rows * C + columns, added.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def span_of(width: int) -> int:
@@ -210,15 +220,19 @@ def streams_backward(
     dm: Tensor | None,
     phi: Tensor | None,
     multiple: Tensor | None,
+    summed: bool = False,
 ) -> Tensor:
-    """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given.
+    """dX [..., n, C] in the dtype of `streams`: the terms whose tensors are given. `summed`: the sum of the streams,
+    each rounded first, [..., C].
 
-    grad [..., n, C] with h_res [..., n, n] or None (identity); du [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T,
-    KP] float32) with phi [KP, n, CP] (or [2 KP, n, CP]) from `dealt_phi` and multiple [T].
+    grad [..., n, C] (or [..., C] where every stream has the same) with h_res [..., n, n] or None (identity); du
+    [..., C] with h_pre [..., n]; dm [T, 2 KP] (or [T, KP] float32) with phi [KP, n, CP] (or [2 KP, n, CP]) from
+    `dealt_phi` and multiple [T].
     """
     x = by_token(streams, 2)
     tokens, n, width = x.shape
-    out = torch.empty_like(x)
+    out = x.new_empty((tokens, width) if summed else x.shape)
+    alike = grad is not None and is_row(grad, streams)
     if nonempty(tokens):
         padded = 16 if dm is None else rows_of_phi(dm)
         shape = (hint(tokens), width, x.element_size(), n)
@@ -226,7 +240,7 @@ def streams_backward(
             streams_backward_kernel,
             lambda tokens, config: (triton.cdiv(tokens, config["BT"]) * triton.cdiv(width, config["SPAN"]),),
             x,
-            x if grad is None else by_token(grad, 2),
+            x if grad is None else by_token(grad, 1 if alike else 2),
             x if h_res is None else by_token(h_res, 2),
             x if du is None else by_token(du, 1),
             x if h_pre is None else by_token(h_pre, 1),
@@ -246,10 +260,12 @@ def streams_backward(
             COEFFICIENTS=dm is not None,
             TWO=dm is not None and dm.shape[1] == 2 * padded,
             FINE=phi is not None and phi.shape[0] == 2 * padded,
+            ALIKE=alike,
+            SUMMED=summed,
             config=streams_config(*shape),
             others=functools.partial(streams_others, *shape),
         )
-    return out.view(streams.shape)
+    return out.view((*streams.shape[:-2], width) if summed else streams.shape)
 
 
 @streams_backward.register_fake
@@ -263,8 +279,9 @@ def _(
     dm: Tensor | None,
     phi: Tensor | None,
     multiple: Tensor | None,
+    summed: bool = False,
 ) -> Tensor:
-    return streams.new_empty(streams.shape)
+    return streams.new_empty((*streams.shape[:-2], streams.shape[-1]) if summed else streams.shape)
 
 
 def padded_width(rows: int) -> int:

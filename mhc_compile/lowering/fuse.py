@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import kernels
+from . import ends, kernels
 from .base import TARGETS, LoweringLog, arguments, device_of
 from .inline import give, insert_function, replace
 
@@ -169,6 +169,10 @@ def run(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool] = lambda
             from . import few_tokens
 
             few_tokens.merge(graph, log, kernels.refusal)
+    if fuses("ends") and {"post", "collapse"} <= names:
+        from . import post_collapse
+
+        post_collapse.merge(graph, log, kernels.refusal)
     # States of the forward that the backward graph rebuilds, with what the branches read of them.
     if fuses("replay") and {"post", "pre_norm"} <= names and names & set(_STATE_ARGUMENT):
         from . import replay_runs
@@ -184,3 +188,5 @@ def run(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool] = lambda
         replay.merge(graph, log, kernels.refusal)
     if fuses("stream_gradient") and names & set(_STATE_ARGUMENT):
         merge_stream_gradients(graph, log)
+    if fuses("ends") and "expand_backward" in names:
+        ends.sum_streams(graph, log)

@@ -13,6 +13,7 @@ from torch import fx
 
 from mhc_compile.compat import keep_kernel_launches, remember_kernel_analysis, triton_version
 
+from . import ends
 from .base import LoweringLog, arguments, device_of, fake
 from .inline import Bodies, replace_by_function
 
@@ -52,6 +53,7 @@ def register_kernels(device: torch.device | None) -> None:
         from . import logits_backward_parts  # noqa: F401  # isort: skip
         from . import activate_again, activate_beside_norm, activate_post, activate_pre_norm  # noqa: F401  # isort: skip
         from . import gate_pre_norm, post_project  # noqa: F401  # isort: skip
+        from . import post_collapse  # noqa: F401  # isort: skip
         from . import post_pre_norm, pre_norm, replay, replay_normed, site_boundary  # noqa: F401  # isort: skip
 
 
@@ -167,6 +169,8 @@ def fuse_lowered(graph: fx.Graph, log: LoweringLog, fuses: Callable[[str], bool]
         from .addends import take_addends
 
         take_addends(graph, log)
+    if fuses("ends"):
+        ends.take_rows(graph, log)
     if fuses("replay") and any(str(node.target).startswith("mhc_kernel.replay_normed") for node in graph.nodes):
         from . import replay_runs
 

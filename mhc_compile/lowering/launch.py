@@ -131,6 +131,11 @@ def block_of(width: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(width)))
 
 
+def is_row(grad: Tensor, streams: Tensor) -> bool:
+    """Whether a gradient of a state [..., n, C] is one row [..., C] for all streams."""
+    return grad.dim() == streams.dim() - 1
+
+
 def chunk_of(width: int, candidates: tuple[int, ...] = (1024, 512)) -> int:
     """The largest candidate that divides the width, else the one that wastes the fewest masked lanes."""
     for candidate in candidates:
@@ -157,6 +162,12 @@ def load_streams(pointer, token, offsets, mask, C: tl.constexpr, N: tl.constexpr
     for i in tl.static_range(N):
         rows = rows + (load_raw(pointer, (token * N + i) * C, offsets, mask, MASKED),)
     return rows
+
+
+@triton.jit
+def stream_start(token, i: tl.constexpr, C: tl.constexpr, N: tl.constexpr, ALIKE: tl.constexpr) -> tl.tensor:
+    """Where stream i of a token begins; ALIKE: one row of memory stands for all N."""
+    return token * C if ALIKE else (token * N + i) * C
 
 
 @triton.jit

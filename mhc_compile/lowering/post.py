@@ -24,6 +24,7 @@ from torch import Tensor
 from .launch import (
     by_token,
     chunk_of,
+    is_row,
     kernel_op,
     launch_tuned,
     load_row,
@@ -34,6 +35,7 @@ from .launch import (
     site_row,
     state_refusal,
     store_row,
+    stream_start,
     zeros,
 )
 
@@ -73,9 +75,9 @@ def post_kernel(
 def post_dots_kernel(
     grad_ptr, x_ptr, y_ptr, post_ptr, dy_ptr, d_post_ptr, d_res_ptr, C: tl.constexpr, N: tl.constexpr,
     NP: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, TRANSPOSE: tl.constexpr, NEED_Y: tl.constexpr,
-    NEED_RES: tl.constexpr,
+    NEED_RES: tl.constexpr, ALIKE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>."""
+    """Program: one token. dy = sum_o q_o g_o;  dq_o = <g_o, y>;  dH[o, i] = <g_o, X_i>. ALIKE: g is one row."""
     BC: tl.constexpr = LANES * INNER
     MASKED: tl.constexpr = C % BC != 0
     token = tl.program_id(0).to(tl.int64)
@@ -90,7 +92,7 @@ def post_dots_kernel(
         gs = ()
         xs = ()
         for i in tl.static_range(N):
-            gs = gs + (load_row(grad_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+            gs = gs + (load_row(grad_ptr, stream_start(token, i, C, N, ALIKE), offsets, mask, MASKED),)
             if NEED_RES:
                 xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
         if NEED_Y:
@@ -185,8 +187,10 @@ def _(streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpos
 def dots(
     grad: Tensor, streams: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor | None, transpose: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX' -> (dy, dh_post, dh_res); dy is empty unless `need_y`, dh_res is empty without h_res."""
-    g, x, branch, q = by_token(grad, 2), by_token(streams, 2), by_token(y, 1), by_token(h_post, 1)
+    """dX' [..., n, C], or [..., C] where every stream has the same, -> (dy, dh_post, dh_res); dy is empty unless
+    `need_y`, dh_res is empty without h_res."""
+    alike = is_row(grad, streams)
+    g, x, branch, q = by_token(grad, 1 if alike else 2), by_token(streams, 2), by_token(y, 1), by_token(h_post, 1)
     tokens, n, width = x.shape
     dy = torch.empty_like(branch) if need_y else branch.new_empty(0)
     d_post = torch.empty_like(q)
@@ -195,7 +199,7 @@ def dots(
         launch_tuned(
             post_dots_kernel, lambda tokens, _: (tokens,),
             g, x, branch, q, dy, d_post, d_res, C=width, N=n, NP=triton.next_power_of_2(n), TRANSPOSE=transpose,
-            NEED_Y=need_y, NEED_RES=h_res is not None, config=dots_config(width),
+            NEED_Y=need_y, NEED_RES=h_res is not None, ALIKE=alike, config=dots_config(width),
             others=functools.partial(dots_others, width),
         )  # fmt: skip
     return dy.view(y.shape) if need_y else dy, d_post.view(h_post.shape), d_res

@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from .base import VIEWS, LoweringLog, arguments, fake
 from .boundary import GROUP, rows_of_phi, scalars
 from .inline import give, insert_function
-from .launch import by_token, dot, kernel_op, launch, nonempty, places, side_by_side
+from .launch import by_token, dot, is_row, kernel_op, launch, nonempty, places, side_by_side
 
 
 @triton.jit
@@ -59,10 +59,12 @@ def site_boundary_kernel(
     x_ptr, y_ptr, post_ptr, mix_ptr, grad_ptr, res_ptr, du_ptr, pre_ptr, dm_ptr, phi_ptr, multiple_ptr, out_ptr,
     dy_ptr, sums_ptr, tokens, C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, KP: tl.constexpr,
     WIDTH: tl.constexpr, BT: tl.constexpr, SPAN: tl.constexpr, K: tl.constexpr, HAS_RES: tl.constexpr,
-    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSE: tl.constexpr, TWO: tl.constexpr, FINE: tl.constexpr, DOTS: tl.constexpr, ALIKE: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BT tokens, SPAN channels (a divisor of C) in steps of 32, all streams. The C // SPAN programs of a token
-    take turns: in one step they read 32 channels each, side by side, so that a page of memory is open once."""
+    take turns: in one step they read 32 channels each, side by side, so that a page of memory is open once. ALIKE: dX'
+    is one row for all streams."""
     SPANS: tl.constexpr = C // SPAN
     SUMS: tl.constexpr = N + (N * N if HAS_RES else 0)
     COLUMNS: tl.constexpr = SUMS + (N if DOTS else 0)
@@ -73,7 +75,7 @@ def site_boundary_kernel(
     there = rows < tokens - base
     state_base = base * (N * C)
     x_ptr += state_base
-    grad_ptr += state_base
+    grad_ptr += base * C if ALIKE else state_base
     out_ptr += state_base
     du_ptr += base * C
     y_ptr += base * C
@@ -116,7 +118,7 @@ def site_boundary_kernel(
         gs = ()
         xs = ()
         for o in tl.static_range(N):
-            gs = gs + (tl.load(grad_ptr + states + o * C, mask=there, other=0.0),)
+            gs = gs + (tl.load(grad_ptr + (columns if ALIKE else states + o * C), mask=there, other=0.0),)
             xs = xs + (tl.load(x_ptr + states + o * C, mask=there, other=0.0),)
         y = tl.load(y_ptr + columns, mask=there, other=0.0).to(tl.float32)
         du = tl.load(du_ptr + columns, mask=there, other=0.0).to(tl.float32)
@@ -212,15 +214,16 @@ def site_boundary(
     """(dX [..., n, C], dy [..., C], partial sums [S, T, n + n^2] float32 of dq and, flat, of dH', with `dots` n more of
     dh_pre).
 
-    Site l: grad dX' [..., n, C], h_res [..., n, n] or None, du [..., C], h_pre [..., n], dm [T, 2 KP], phi [KP, n, C]
-    (or [2 KP, n, C]) from `dealt_phi`, multiple [T]. Site l - 1: streams [..., n, C], y [..., C], h_post
-    [..., n], mix (its H) [..., n, n] or None.
+    Site l: grad dX' [..., n, C] (or [..., C] where every stream has the same), h_res [..., n, n] or None, du [..., C],
+    h_pre [..., n], dm [T, 2 KP], phi [KP, n, C] (or [2 KP, n, C]) from `dealt_phi`, multiple [T]. Site l - 1: streams
+    [..., n, C], y [..., C], h_post [..., n], mix (its H) [..., n, n] or None.
     """
-    g, x, branch = by_token(grad, 2), by_token(streams, 2), by_token(y, 1)
+    alike = is_row(grad, streams)
+    g, x, branch = by_token(grad, 1 if alike else 2), by_token(streams, 2), by_token(y, 1)
     tokens, n, width = x.shape
     padded = rows_of_phi(dm)
     most = min(padded, n * (n + 2))  # rows of phi that are not padding, whatever the layout
-    out, dy = torch.empty_like(g), torch.empty_like(branch)
+    out, dy = g.new_empty(x.shape), torch.empty_like(branch)
     sums = torch.empty((partial_sums(width), tokens, sums_of(n, mix, dots)), dtype=torch.float32, device=x.device)
     if nonempty(tokens):
         settings = config(width)
@@ -230,9 +233,9 @@ def site_boundary(
             x if h_res is None else by_token(h_res, 2), by_token(du, 1), by_token(h_pre, 1), dm.contiguous(),
             phi.contiguous(), multiple.contiguous(), out, dy, sums, tokens, C=width, CP=phi.shape[2], N=n,
             KP=padded, WIDTH=dm.shape[1], K=most, HAS_RES=mix is not None, TRANSPOSE=transpose,
-            TWO=dm.shape[1] == 2 * padded, FINE=phi.shape[0] == 2 * padded, DOTS=dots, **settings,
+            TWO=dm.shape[1] == 2 * padded, FINE=phi.shape[0] == 2 * padded, DOTS=dots, ALIKE=alike, **settings,
         )  # fmt: skip
-    return out.view(grad.shape), dy.view(y.shape), sums
+    return out.view(streams.shape), dy.view(y.shape), sums
 
 
 @site_boundary.register_fake
@@ -241,7 +244,7 @@ def _(
     streams: Tensor, y: Tensor, h_post: Tensor, mix: Tensor | None, transpose: bool, dots: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sums = (partial_sums(streams.shape[-1]), dm.shape[0], sums_of(streams.shape[-2], mix, dots))
-    return grad.new_empty(grad.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
+    return grad.new_empty(streams.shape), y.new_empty(y.shape), grad.new_empty(sums, dtype=torch.float32)
 
 
 def _calls(node: object, name: str) -> bool:

@@ -13,7 +13,8 @@ from .base import SemanticOp, check_streams, compute_dtype, without_autocast
 KINDS = ("mean", "sum")
 
 
-def _scale(kind: str, streams: int) -> float:
+def scale(kind: str, streams: int) -> float:
+    """What the sum over the streams is multiplied by. ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     return 1.0 / streams if kind == "mean" else 1.0
@@ -24,13 +25,13 @@ def native(streams: Tensor, kind: str) -> Tensor:
     """X [..., n, C] -> x [..., C] in the dtype of X, accumulated in the compute dtype. ValueError for an unknown
     kind."""
     n, _ = check_streams(streams)
-    return (streams.to(compute_dtype(streams)).sum(-2) * _scale(kind, n)).to(streams.dtype)
+    return (streams.to(compute_dtype(streams)).sum(-2) * scale(kind, n)).to(streams.dtype)
 
 
 @without_autocast
 def native_backward(grad: Tensor, streams: int, kind: str) -> Tensor:
     """dx [..., C] -> dX [..., n, C]: the same gradient for every stream."""
-    scaled = (grad.to(compute_dtype(grad)) * _scale(kind, streams)).to(grad.dtype)
+    scaled = (grad.to(compute_dtype(grad)) * scale(kind, streams)).to(grad.dtype)
     shape = (*grad.shape[:-1], streams, grad.shape[-1])
     return scaled.unsqueeze(-2).expand(shape).clone(memory_format=torch.contiguous_format)
 

@@ -19,6 +19,7 @@ from mhc_compile.lowering import (
     gate_pre_norm,
     logits_backward_parts,
     post,
+    post_collapse,
     post_pre_norm,
     post_project,
     pre,
@@ -34,7 +35,7 @@ from tests.lowering.operands import DEVICE, N, operands
 
 MODULES = (
     activate_again, activate_beside_norm, activate_post, activate_pre, activate_pre_norm, gate_pre_norm, post,
-    post_pre_norm, post_project, pre, replay, replay_normed, sinkhorn,
+    post_collapse, post_pre_norm, post_project, pre, replay, replay_normed, sinkhorn,
 )  # fmt: skip
 """Imported for the ops that they register."""
 NAMES = sorted(str(op).removeprefix("mhc_kernel.").removesuffix(".default") for op in KERNEL_OPS)
@@ -75,7 +76,12 @@ def calls(
     few = torch.ops.mhc_kernel.post_project(x, y, *hidden, False, phi, padded)[1]
     found: dict[str, list[tuple[Any, ...]]] = {
         "post": [(x, y, *hidden, False), (x, y, q, None, False)],
-        "post_dots": [(g, x, y, *hidden, True, True), (g, x, y, q, None, False, False)],
+        "post_collapse": [(x, y, *hidden, False, "mean"), (x, y, q, None, False, "sum")],
+        "post_dots": [
+            (g, x, y, *hidden, True, True),
+            (g, x, y, q, None, False, False),
+            (du, x, y, *hidden, False, True),
+        ],
         "pre": [(x, p)],
         "pre_dots": [(du, x, p)],
         "pre_norm": [(x, p, *branch, keep) for keep in (False, True)],
@@ -99,7 +105,11 @@ def calls(
         "logits_backward": [(p, *hidden, *shared)],
         "logits_backward_early": [(*hidden, *shared)],
         "logits_backward_rest": [(p, *early, projection, bias, alphas[0], total, wide, *flat)],
-        "streams_backward": [(x, g, h, False, du, p, dm, dealt, multiple)],
+        "streams_backward": [
+            (x, g, h, False, du, p, dm, dealt, multiple),
+            (x, g, h, False, du, p, dm, dealt, multiple, True),
+            (x, du, h, False, du, p, dm, dealt, multiple),
+        ],
         "replay_normed": [
             (
                 x,
@@ -125,7 +135,7 @@ def calls(
     if not site_boundary.refusal(x):
         across = (g, h, du, p, dm, dealt, multiple, x, y, q, h, False)
         sums = torch.ops.mhc_kernel.site_boundary(*across)[2]
-        found["site_boundary"] = [across, (*across, True)]
+        found["site_boundary"] = [across, (*across, True), (du, *across[1:])]
         found["logits_backward"].append((p, sums, None, *shared))
     return found
 

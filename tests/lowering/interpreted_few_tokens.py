@@ -13,7 +13,15 @@ from torch import Tensor
 
 from mhc_compile import ops
 from mhc_compile.config import FUSIONS, Options
-from mhc_compile.lowering import activate_pre_norm, coefficients, few_tokens, post, post_project, pre_norm
+from mhc_compile.lowering import (
+    activate_beside_norm,
+    activate_pre_norm,
+    coefficients,
+    few_tokens,
+    post,
+    post_project,
+    pre_norm,
+)
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.ops import CoefficientSpec, SinkhornSpec
 from tests.lowering.graphs import close, lowered
@@ -214,9 +222,10 @@ def test_two_launches_a_site(variant: str, norm: str) -> None:
     assert {entry.provider for entry in log.entries if entry.op not in ("expand", "collapse")} == {"triton", "fused"}
 
 
-def test_more_launches_for_many_tokens() -> None:
+def test_more_launches_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four a site, or three where post makes its own coefficients, or the norm's launch makes them."""
     four = ["project", "activate", "pre_norm", "post"]
+    monkeypatch.setattr(activate_beside_norm, "LEAST", 66)
     within = tuple(name for name in FUSIONS if name != "activate_post")
     neither = tuple(name for name in within if name != "activate_beside_norm")
     beside, post = ["project", "activate_beside_norm", "post"], ["project", "gate_pre_norm", "activate_post"]

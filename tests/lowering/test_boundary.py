@@ -18,7 +18,7 @@ def test_stays_out_of_shared_memory() -> None:
     pointers = dict.fromkeys(("x_ptr", "grad_ptr", "du_ptr", "dm_ptr", "phi_ptr", "out_ptr"), BF16)
     pointers |= dict.fromkeys(("res_ptr", "pre_ptr", "multiple_ptr"), FP32)
     constants = {"C": WIDTH, "N": 4, "KP": 32, "WIDTH": 64, "WARPS": warps, "TRANSPOSE": False, **config}
-    constants |= dict.fromkeys(("POST", "HAS_RES", "PRE", "COEFFICIENTS"), True)
+    constants |= dict.fromkeys(("POST", "HAS_RES", "PRE", "COEFFICIENTS"), True) | {"ALIKE": False, "SUMMED": False}
     kernel = boundary.streams_backward_kernel
     for two, fine in ((False, False), (True, False), (True, True)):
         constants |= {"TWO": two, "FINE": fine}

@@ -30,7 +30,8 @@ def test_dots() -> None:
     warps = config.pop("num_warps")
     pointers = dict.fromkeys(("grad_ptr", "x_ptr", "y_ptr", "dy_ptr"), BF16)
     pointers |= dict.fromkeys(("post_ptr", "d_post_ptr", "d_res_ptr"), FP32)
-    constants = {"C": WIDTH, "N": 4, "NP": 4, "TRANSPOSE": False, "NEED_Y": True, "NEED_RES": True, **config}
+    constants = {"C": WIDTH, "N": 4, "NP": 4, "TRANSPOSE": False, "NEED_Y": True, "NEED_RES": True, "ALIKE": False}
+    constants |= config
     assert compile_for_hopper(post.post_dots_kernel, pointers, {}, constants, num_warps=warps).stack == 0
 
 

@@ -13,7 +13,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 REGISTERS = {
     "post": (72, 40),
-    "post_dots": (112, 40),
+    "post_collapse": (40, 40),
+    "post_dots": (112, 40, 56),
     "pre": (40,),
     "pre_dots": (56,),
     "pre_norm": (40, 40),
@@ -31,12 +32,12 @@ REGISTERS = {
     "logits_backward": (248, 255),
     "logits_backward_early": (248,),
     "logits_backward_rest": (40,),
-    "streams_backward": (255,),
+    "streams_backward": (255, 255, 176),
     "replay": (88,),
     "replay_normed": (128, 128),
     "sinkhorn": (24,),
     "sinkhorn_backward": (232,),
-    "site_boundary": (232, 255),
+    "site_boundary": (232, 255, 200),
 }
 """Op -> most registers of each of its calls in `calls`, four streams of 4096 channels in bf16: what Triton 3.6 takes,
 rounded up to what registers are dealt out in, by 8 for a thread. 168 are the most with which three programs of four
@@ -47,8 +48,8 @@ NARROW = {
     "pre_norm_dots": (168, 80),
     "post_pre_norm": (56, 56),
     "replay_normed": (128, 128),
-    "streams_backward": (255,),
-    "site_boundary": (240, 248),
+    "streams_backward": (255, 248, 168),
+    "site_boundary": (240, 248, 208),
 }
 """The same with 2560 channels, where they differ."""
 
