@@ -8,7 +8,7 @@ stream as it would be in memory first. The same bits both times.
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mhc_compile import ops
 
@@ -18,6 +18,7 @@ from .inline import give, replace
 aten = torch.ops.aten
 READERS = ("post_dots", "streams_backward", "site_boundary")
 """Kernels that take dX' [..., n, C], or one row [..., C] where every stream has the same."""
+MOST_STREAMS = 4
 
 
 def row_of(node: object) -> fx.Node | None:
@@ -52,6 +53,13 @@ def take_rows(graph: fx.Graph, log: LoweringLog) -> int:
     return taken
 
 
+def sum_refusal(streams: Tensor) -> str:
+    """Why `streams_backward` writes dX of a state [..., n, C] for every stream; empty if it adds up."""
+    if streams.element_size() != 2 or streams.shape[-2] > MOST_STREAMS:
+        return f"{streams.shape[-2]} streams of {streams.dtype}: another sum does not fit the registers"
+    return ""
+
+
 def sum_streams(graph: fx.Graph, log: LoweringLog) -> int:
     """Have `streams_backward` add up what only the gradient of an `expand` reads; returns how many do."""
     taken = 0
@@ -61,6 +69,9 @@ def sum_streams(graph: fx.Graph, log: LoweringLog) -> int:
         source = node.args[0]
         if str(source.target) != "mhc_kernel.streams_backward.default" or len(source.users) != 1:
             continue
+        if why := sum_refusal(fake(source)):
+            log.record("gradient of expand", "two kernels", why)
+            continue
         give(source, arguments(source) | {"summed": True})
         source.meta["val"] = node.meta["val"]
         replace(node, source)
@@ -69,4 +80,4 @@ def sum_streams(graph: fx.Graph, log: LoweringLog) -> int:
     return taken
 
 
-__all__ = ["row_of", "sum_streams", "take_rows"]
+__all__ = ["row_of", "sum_refusal", "sum_streams", "take_rows"]

@@ -94,6 +94,15 @@ def sites_a_replay(streams: torch.Tensor) -> int:
     return 1 if replay_normed.refusal(streams) else replay_normed.MOST
 
 
+def takes_rows(streams: torch.Tensor) -> bool:
+    """Whether kernels read one row for all streams where the gradient of such a state comes from a collapse."""
+    if platform_refusal(streams.device):
+        return False
+    from .launch import state_refusal
+
+    return not state_refusal(streams)
+
+
 def lower(node: fx.Node, name: str, named: dict[str, Any]) -> None:
     """Replace `node` by calls of its kernels and the few tensor operations around them."""
     from . import activate_again, boundary, coefficients, post, pre, pre_norm, sinkhorn

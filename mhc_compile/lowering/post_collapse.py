@@ -93,6 +93,8 @@ def merge(graph: fx.Graph, log: LoweringLog, refused: Callable[[str, dict[str, A
         values = [*arguments(post).values(), arguments(collapse)["kind"]]
         replace(collapse, insert_function(collapse, torch.ops.mhc_kernel.post_collapse.default, values))
         graph.erase_node(post)
+        for name in ("post", "collapse"):
+            log.record(name, "triton")
         log.record("post + collapse", "fused", "the last state is not written")
     return len(pairs)
 

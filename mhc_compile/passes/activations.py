@@ -125,6 +125,7 @@ def live_bytes(
     own: Sequence[tuple[int, int]],
     kind: str,
     workspace: int = 0,
+    last: int | None = None,
 ) -> Live:
     """Live bytes of one chain without its stream states and branch inputs.
 
@@ -135,6 +136,7 @@ def live_bytes(
         own: by site, what our ops keep whatever the plan: bytes of the coefficients, bytes of the branch output.
         kind: the type of the device, ``cuda`` or ``cpu``: attention's backward takes a workspace of its own on a GPU.
         workspace: bytes that libraries hold all the time.
+        last: bytes of the gradient that the last post takes; None: of its whole state.
     """
     walk = _Walk(graph)
     order, end = walk.order, walk.end
@@ -149,7 +151,7 @@ def live_bytes(
             walk.add(bytes_of(node), 0, max(order[user] for user in node.users))
     for value in kept:
         walk.add(value.bytes, value.reader, end)
-    _streams(walk, states, own)
+    _streams(walk, states, own, last)
     for node in graph.nodes:
         _gradients(walk, node)
         if kind == "cuda" and _is_attention(node):
@@ -170,7 +172,7 @@ def live_bytes(
     return Live(tuple(sites), tuple(lower), max(totals[behind : end + 1]))
 
 
-def _streams(walk: _Walk, states: Sequence[State], own: Sequence[tuple[int, int]]) -> None:
+def _streams(walk: _Walk, states: Sequence[State], own: Sequence[tuple[int, int]], gradient: int | None) -> None:
     """What our ops keep, and the gradients of the states and of the branch inputs."""
     order = walk.order
     ends = [order[state.producer] for state in states]
@@ -185,7 +187,7 @@ def _streams(walk: _Walk, states: Sequence[State], own: Sequence[tuple[int, int]
             walk.add(_result_bytes(pre), ends[index], order[pre] - (pre.target is ops.pre.overload))
     if states and states[-1].post is not None:
         last = max((order[user] for user, _ in _readers(states[-1].post)), default=walk.end)
-        walk.add(bytes_of(states[-1].post), ends[-1], last)
+        walk.add(bytes_of(states[-1].post) if gradient is None else gradient, ends[-1], last)
 
 
 def _gradients(walk: _Walk, node: fx.Node) -> None:

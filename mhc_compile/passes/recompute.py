@@ -248,7 +248,8 @@ def _describe(
 
     def live_with(coefficients: Sequence[int]) -> Live:
         own = list(zip(coefficients, map(_output_bytes, states), strict=True))
-        return live_bytes(graph, states, is_parameter, kept, own, kind, cost.library_bytes(kind, number))
+        workspace, last = cost.library_bytes(kind, number), _last_gradient(states, options)
+        return live_bytes(graph, states, is_parameter, kept, own, kind, workspace, last)
 
     live = live_with([logits.kept_bytes(state, ()) for state in states])
     run = _sites_a_call(states, options)
@@ -294,6 +295,18 @@ def _sites_a_call(states: list[State], options: Options) -> int:
     if first is None or options.lowering in ("native", "mlir") or not options.fuses("replay"):
         return 1
     return kernels.sites_a_replay(value_of(first.producer))
+
+
+def _last_gradient(states: list[State], options: Options) -> int | None:
+    """Bytes of the gradient that the last post takes from a collapse: one row for all streams, where a kernel reads
+    that (``lowering.ends``). None for a whole state."""
+    post = states[-1].post if states else None
+    readers = [] if post is None else list(post.users)
+    if post is None or [reader.target for reader in readers] != [ops.collapse.overload]:
+        return None
+    if options.lowering in ("native", "mlir") or not options.fuses("ends") or not kernels.takes_rows(value_of(post)):
+        return None
+    return bytes_of(readers[0])
 
 
 def _run_seconds(state: State, device: Device) -> float:

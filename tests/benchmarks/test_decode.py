@@ -76,3 +76,14 @@ def test_a_row_is_what_its_name_says() -> None:
     assert set(beside) - set(four) == {"activate_beside_norm"}
     refused = {"status": "not measured: two launches are for at most 64 tokens"}
     assert decode.measure("two launches", 65, 64) == refused
+
+
+def test_a_fusion_is_measured_beyond_its_limits() -> None:
+    from mhc_compile.lowering import activate_beside_norm, activate_post
+
+    limits = (activate_post.MOST, activate_beside_norm.LEAST)
+    with decode.within_limits(9999):
+        assert (9999, limits[1]) == (activate_post.MOST, activate_beside_norm.LEAST)
+    with decode.within_limits(3):
+        assert (limits[0], 3) == (activate_post.MOST, activate_beside_norm.LEAST)
+    assert limits == (activate_post.MOST, activate_beside_norm.LEAST)

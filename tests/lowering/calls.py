@@ -16,6 +16,7 @@ from mhc_compile.lowering import (
     boundary,
     coefficients,
     coefficients_backward,
+    ends,
     gate_pre_norm,
     logits_backward_parts,
     post,
@@ -107,8 +108,8 @@ def calls(
         "logits_backward_rest": [(p, *early, projection, bias, alphas[0], total, wide, *flat)],
         "streams_backward": [
             (x, g, h, False, du, p, dm, dealt, multiple),
-            (x, g, h, False, du, p, dm, dealt, multiple, True),
             (x, du, h, False, du, p, dm, dealt, multiple),
+            *([] if ends.sum_refusal(x) else [(x, g, h, False, du, p, dm, dealt, multiple, True)]),
         ],
         "replay_normed": [
             (

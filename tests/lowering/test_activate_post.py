@@ -66,7 +66,7 @@ def sites(x, w, *parameters):
         state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
     return torch.ops.mhc.collapse.default(state, "mean")
 
-alone = tuple(name for name in FUSIONS if name != "activate_beside_norm")
+alone = tuple(name for name in FUSIONS if name not in ("activate_beside_norm", "ends"))
 
 def run(grad, lengths=(33,), fuse=alone, **options):
     torch._dynamo.reset()

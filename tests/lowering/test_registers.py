@@ -32,7 +32,7 @@ REGISTERS = {
     "logits_backward": (248, 255),
     "logits_backward_early": (248,),
     "logits_backward_rest": (40,),
-    "streams_backward": (255, 255, 176),
+    "streams_backward": (255, 176, 255),
     "replay": (88,),
     "replay_normed": (128, 128),
     "sinkhorn": (24,),
@@ -48,7 +48,7 @@ NARROW = {
     "pre_norm_dots": (168, 80),
     "post_pre_norm": (56, 56),
     "replay_normed": (128, 128),
-    "streams_backward": (255, 248, 168),
+    "streams_backward": (255, 168, 248),
     "site_boundary": (240, 248, 208),
 }
 """The same with 2560 channels, where they differ."""

@@ -24,7 +24,7 @@ def test_two_programs_share_a_multiprocessor(mixed: bool, dots: bool) -> None:
     pointers |= dict.fromkeys(("res_ptr", "pre_ptr", "multiple_ptr", "post_ptr", "mix_ptr", "sums_ptr"), FP32)
     constants = {"C": WIDTH, "CP": WIDTH, "N": 4, "KP": 32 if mixed else 16, "K": 24 if mixed else 16, **config}
     constants |= {"WIDTH": 2 * constants["KP"], "HAS_RES": mixed, "TRANSPOSE": False, "TWO": True, "DOTS": dots}
-    constants["FINE"] = False
+    constants |= {"FINE": False, "ALIKE": False}
     made = compile_for_hopper(site_boundary.site_boundary_kernel, pointers, TOKENS, constants, **options)
     assert made.stack == 0
     assert made.registers * 2 * 32 * options["num_warps"] <= 65536

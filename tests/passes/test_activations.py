@@ -105,6 +105,8 @@ def test_what_is_live_at_the_worst_moment_of_each_site() -> None:
     (output,) = graph.find_nodes(op="output")
     fixed = 1000 + given + sum(bytes_of(node) for node in output.all_input_nodes)
     assert live.head == fixed + sum(value.bytes for value in kept) + 2 * (7 + unit) + unit + state  # d(output), dX_2
+    alike = live_bytes(graph, states, is_parameter, kept, [(7, unit)] * 2, "cpu", workspace=1000, last=unit)
+    assert live.head - alike.head == state - unit  # where kernels read one row for all streams
     # gate and up, and the gradients of gate, up and product; the gradient of the state behind; the weight's of down
     fused = 5 * inner + state + weight
     assert live.sites[0] == fixed + fused + 7 + 3 * weight
