@@ -2,7 +2,7 @@
 
 The gradient of a `collapse` is the same row for every stream: the kernels that read it as dX' take the row. The
 gradient of an `expand` is the sum over the streams: the kernel that makes dX of the first site adds up, rounding each
-stream as it would be in memory first. The same bits both times.
+stream as it would be in memory first. The numbers are those of what is written out; dX has the same bits.
 """
 
 from __future__ import annotations

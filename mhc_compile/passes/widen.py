@@ -4,7 +4,7 @@ For a chain with head h and sites l = 0..L-1 the pass builds (single_pass in bra
 
     X_0     = expand(h)                                                  right after the producer of h
     pre, post, res = coefficients(X_l, phi_l, b_l, α_l)                  right after the producer of X_l
-    u_l     = pre(X_l, pre)            [pre of site l-1; stream 0 for l = 0]
+    u_l     = pre(X_l, pre)            [pre of site l-1; h itself for l = 0]
     X_{l+1} = post(X_l, F_l(u_l), post, res)                             at the place of the user's add
     x       = collapse(X_L)            [pre(X_L, pre of site L-1)]       right after the producer of X_L
 
@@ -198,7 +198,9 @@ class _ChainWidener:
             gate = self.previous_pre if single else own["pre"]
             after = state.node if single else own["pre"]
             with self.builder.at(after=self._later(state.node, after, gate), like=site.add):
-                if gate is None:
+                if gate is None and state.node.target is ops.expand.overload:
+                    mixed = state.node.args[0]  # what all streams are: no gradient of n streams for one of them
+                elif gate is None:
                     mixed = self.builder.method("select", state.node, -2, 0)
                 else:
                     mixed = self.builder.call(ops.pre.overload, state.node, gate)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mhc_compile import ops
 from mhc_compile.convert import Conversion
 from mhc_compile.errors import MhcError
 from tests.passes import cases_starts  # noqa: F401 - registers its models
@@ -72,6 +73,17 @@ def test_case(case: Case) -> None:
     count = len(outcome.gm.graph.nodes)
     outcome.gm.graph.eliminate_dead_code()
     assert len(outcome.gm.graph.nodes) == count
+
+
+def test_the_first_branch_of_single_pass_reads_what_is_expanded() -> None:
+    """Not one of the equal streams, whose gradient would be n streams wide."""
+    _, _, (outcome,) = conversions(Stack([Block(), Block()]), [tokens()], [{**QUICK, "variant": "single_pass"}])
+    assert isinstance(outcome, Conversion), outcome
+    nodes = list(outcome.gm.graph.nodes)
+    (expand,) = [node for node in nodes if node.target is ops.expand.overload]
+    assert len(expand.args[0].users) > 1
+    assert {node.target for node in expand.users} <= {ops.coefficients.overload, ops.post.overload}
+    assert not any(node.target == "select" for node in nodes)
 
 
 def test_single_precision_start() -> None:
