@@ -199,7 +199,7 @@ class _ChainWidener:
             after = state.node if single else own["pre"]
             with self.builder.at(after=self._later(state.node, after, gate), like=site.add):
                 if gate is None and state.node.target is ops.expand.overload:
-                    mixed = state.node.args[0]  # what all streams are: no gradient of n streams for one of them
+                    (mixed,) = state.node.all_input_nodes  # what all streams are: for one of them n get a gradient
                 elif gate is None:
                     mixed = self.builder.method("select", state.node, -2, 0)
                 else:

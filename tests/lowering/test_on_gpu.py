@@ -81,7 +81,8 @@ def test_compiled_site_for_every_length(mode: str) -> None:
             results.append([value.double().clone() for value in (out, *gradients)])
         for exact, got in zip(*results, strict=True):
             assert float((exact - got).norm()) <= 0.02 * float(exact.norm()), (batch, tokens)
-    assert {entry.provider for entry in log.entries} <= {"triton", "fused"}, log.entries
+    apart = {entry.op for entry in log.entries if entry.provider not in ("triton", "fused")}
+    assert apart <= {"activate + pre_norm"}, log.entries  # with few tokens they stay two kernels
 
 
 @pytest.mark.parametrize("kind", ["mhc", "single_pass", "single_pass, u kept"])
