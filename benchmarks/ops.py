@@ -38,6 +38,7 @@ from mhc_compile.lowering import (
     gate_pre_norm,
     logits_backward_parts,
     post,
+    post_collapse,
     post_pre_norm,
     post_project,
     pre,
@@ -201,7 +202,9 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
             lambda: logits_backward_parts.rest(p, *early, *late), _numbers(4 + 34 + 5 + 33, width),
         ),
         "phi_gradient": (lambda: coefficients_backward.phi_gradient(dm, x, spec), n),
+        "post_collapse": (lambda: post_collapse.forward(x, y, q, h, False, "mean"), n + 2),
         "post_dots": (lambda: post.dots(g, x, y, q, h, False, True), 2 * n + 2),
+        "post_dots, one row": (lambda: post.dots(du, x, y, q, h, False, True), n + 3),
         "pre_dots": (lambda: pre.dots(du, x, p), n + 1),
         "pre_norm": (lambda: pre_norm.forward(x, p, *norm), n + 1),
         "gate_pre_norm": (
@@ -222,7 +225,11 @@ def _site_cases(given: Given, site: tuple[torch.Tensor, torch.Tensor, list[torch
         "streams_backward": (
             lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple), 3 * n + 1,
         ),
+        "streams_backward, summed": (
+            lambda: boundary.streams_backward(x, g, h, False, du, p, dm, dealt, multiple, True), 2 * n + 2,
+        ),
         "site_boundary": (lambda: site_boundary.site_boundary(*boundary_of), 3 * n + 3),
+        "site_boundary, one row": (lambda: site_boundary.site_boundary(du, *boundary_of[1:]), 2 * n + 4),
         "site_boundary, gate": (lambda: site_boundary.site_boundary(*boundary_of, True), 3 * n + 3),
     }  # fmt: skip
     return {name: Case(call, floor, tokens) for name, (call, floor) in rows.items()}
