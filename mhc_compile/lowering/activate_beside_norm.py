@@ -31,7 +31,7 @@ from .few_tokens import lift, pending
 from .gate_pre_norm import NORM_SCHEMA, norm_of
 from .inline import insert_function, replace
 from .launch import by_token, hint, kernel_op, launch, nonempty, tokens_of
-from .pre_norm import columns, config, mix_and_norm
+from .pre_norm import columns, config, mix_and_norm, normed_like
 
 WARP = 32
 """Threads of a warp."""
@@ -121,14 +121,9 @@ def _(
     round_first: bool, keep: bool, partial: Tensor, bias: Tensor, alpha_pre: Tensor, alpha_post: Tensor | None,
     alpha_res: Tensor | None, total: int, *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    spec, batch, tokens = spec_of(flat), state.shape[:-2], partial.shape[1]
-    normed = (
-        state.new_empty((*batch, state.shape[-1])),
-        state.new_empty((*batch, columns(kind)), dtype=torch.float32),
-        state.new_empty((*batch, state.shape[-1]) if keep else 0),
-    )
+    spec, tokens = spec_of(flat), partial.shape[1]
     projection = partial.new_empty((tokens, spec.rows + 1))
-    return (*normed, *empty_coefficients(partial, [tokens], spec, torch.float32), projection)
+    return (*normed_like(state, kind, keep), *empty_coefficients(partial, [tokens], spec, torch.float32), projection)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 READERS = ("post_dots", "streams_backward", "site_boundary")
 """Kernels that take dX' [..., n, C], or one row [..., C] where every stream has the same."""
 MOST_STREAMS = 4
+"""Streams beside whose rows the registers hold their sum."""
 
 
 def row_of(node: object) -> fx.Node | None:

@@ -28,7 +28,7 @@ from .base import LoweringLog, arguments, readers
 from .coefficients import activation_constants, spec_of
 from .inline import insert_function, replace
 from .launch import by_token, kernel_op, launch, nonempty
-from .pre_norm import columns, config, mix_and_norm
+from .pre_norm import columns, config, mix_and_norm, normed_like
 
 
 @triton.jit
@@ -98,13 +98,7 @@ def _(
     state: Tensor, weight: Tensor | None, norm_bias: Tensor | None, kind: str, eps: float, offset: float,
     round_first: bool, keep: bool, partial: Tensor, bias: Tensor, alpha_pre: Tensor, total: int, *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = state.shape[:-2]
-    return (
-        state.new_empty((*batch, state.shape[-1])),
-        state.new_empty((*batch, columns(kind)), dtype=torch.float32),
-        state.new_empty((*batch, state.shape[-1]) if keep else 0),
-        partial.new_empty((partial.shape[1], state.shape[-2])),
-    )
+    return (*normed_like(state, kind, keep), partial.new_empty((partial.shape[1], state.shape[-2])))
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,23 @@ def load_streams(pointer, token, offsets, mask, C: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
+def token_block(C: tl.constexpr, BC: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(token, channels [BC]) of a program that has one block of channels of one token."""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    program = tl.program_id(0)
+    return (program // BLOCKS).to(tl.int64), (program % BLOCKS) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def wide_streams(pointer, token, offsets, mask, C: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr) -> tl.tensor:
+    """`load_streams` as float32."""
+    rows = ()
+    for i in tl.static_range(N):
+        rows = rows + (load_row(pointer, (token * N + i) * C, offsets, mask, MASKED),)
+    return rows
+
+
+@triton.jit
 def stream_start(token, i: tl.constexpr, C: tl.constexpr, N: tl.constexpr, ALIKE: tl.constexpr) -> tl.tensor:
     """Where stream i of a token begins; ALIKE: one row of memory stands for all N."""
     return token * C if ALIKE else (token * N + i) * C

@@ -36,6 +36,8 @@ from .launch import (
     state_refusal,
     store_row,
     stream_start,
+    token_block,
+    wide_streams,
     zeros,
 )
 
@@ -54,18 +56,13 @@ def post_kernel(
     HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one block of channels of one token, all streams."""
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
-    program = tl.program_id(0)
-    token = (program // BLOCKS).to(tl.int64)
-    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    token, offsets = token_block(C, BC)
     mask = offsets < C
     q = load_scalars(post_ptr + token * N, N)
     h = load_scalars(res_ptr + token * (N * N), N * N if HAS_RES else 0)
     y = load_row(y_ptr, token * C, offsets, mask, MASKED)
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+    xs = wide_streams(x_ptr, token, offsets, mask, C, N, MASKED)
     for o in tl.static_range(N):
         total = site_row(xs, y, q, h, o, N, HAS_RES, TRANSPOSE)
         store_row(out_ptr, (token * N + o) * C, offsets, total, mask, MASKED)

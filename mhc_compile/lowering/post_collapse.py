@@ -7,7 +7,7 @@ Traffic, n = 4: X 4, y 1 -> out 1: n + 2 = 6 u, where the two move 14.
 
 # Kernel bodies are Triton's language: pointers have no Python type, and tuples grow while a loop is unrolled.
 # mypy: disable-error-code="no-untyped-def,assignment,misc,unreachable"
-# ruff: noqa: ANN001, RUF005
+# ruff: noqa: ANN001
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ from mhc_compile.ops.collapse import scale
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import insert_function, replace
-from .launch import by_token, kernel_op, launch, load_row, load_scalars, nonempty, site_row, store_row
+from .launch import (
+    by_token,
+    kernel_op,
+    launch,
+    load_row,
+    load_scalars,
+    nonempty,
+    site_row,
+    store_row,
+    token_block,
+    wide_streams,
+)
 from .post import post_config
 
 
@@ -33,18 +44,13 @@ def post_collapse_kernel(
     HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one block of channels of one token, all streams."""
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
-    program = tl.program_id(0)
-    token = (program // BLOCKS).to(tl.int64)
-    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    token, offsets = token_block(C, BC)
     mask = offsets < C
     q = load_scalars(post_ptr + token * N, N)
     h = load_scalars(res_ptr + token * (N * N), N * N if HAS_RES else 0)
     y = load_row(y_ptr, token * C, offsets, mask, MASKED)
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+    xs = wide_streams(x_ptr, token, offsets, mask, C, N, MASKED)
     total = tl.zeros((BC,), dtype=tl.float32)
     for o in tl.static_range(N):
         row = site_row(xs, y, q, h, o, N, HAS_RES, TRANSPOSE)

@@ -25,6 +25,7 @@ from .launch import (
     side_by_side,
     state_refusal,
     store_row,
+    token_block,
     zeros,
 )
 from .post import INNER, post_config, post_others
@@ -39,11 +40,8 @@ def refusal(x: Tensor) -> str:
 @triton.jit
 def pre_kernel(x_ptr, pre_ptr, out_ptr, C: tl.constexpr, N: tl.constexpr, BC: tl.constexpr) -> None:
     """Program: one block of channels of one token."""
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
-    program = tl.program_id(0)
-    token = (program // BLOCKS).to(tl.int64)
-    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    token, offsets = token_block(C, BC)
     mask = offsets < C
     p = load_scalars(pre_ptr + token * N, N)
     xs = load_streams(x_ptr, token, offsets, mask, C, N, MASKED)

@@ -289,6 +289,13 @@ def columns(kind: str) -> int:
     return 2 if kind == "layer" else 1
 
 
+def normed_like(streams: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (out [..., C], statistics [..., 1 or 2], u [..., C] or empty) of a state [..., n, C]."""
+    batch, width = streams.shape[:-2], streams.shape[-1]
+    statistics = streams.new_empty((*batch, columns(kind)), dtype=torch.float32)
+    return streams.new_empty((*batch, width)), statistics, streams.new_empty((*batch, width) if keep else 0)
+
+
 @kernel_op("pre_norm")
 def forward(
     streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
@@ -317,12 +324,7 @@ def _(
     streams: Tensor, h_pre: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float,
     round_first: bool, keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = streams.shape[:-2]
-    return (
-        streams.new_empty((*batch, streams.shape[-1])),
-        streams.new_empty((*batch, columns(kind)), dtype=torch.float32),
-        streams.new_empty((*batch, streams.shape[-1]) if keep else 0),
-    )
+    return normed_like(streams, kind, keep)
 
 
 @kernel_op("pre_norm_dots")

@@ -24,7 +24,18 @@ from torch import Tensor, fx
 
 from .base import FORWARD_TARGETS, LoweringLog, arguments
 from .inline import insert_function
-from .launch import by_token, kernel_op, launch_tuned, load_row, load_scalars, nonempty, site_row, store_row
+from .launch import (
+    by_token,
+    kernel_op,
+    launch_tuned,
+    load_row,
+    load_scalars,
+    nonempty,
+    site_row,
+    store_row,
+    token_block,
+    wide_streams,
+)
 from .post import post_config, post_others
 
 MOST = 4
@@ -54,15 +65,10 @@ def replay_kernel(
     BC: tl.constexpr, SITES: tl.constexpr, HAS_RES: tl.constexpr, TRANSPOSE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: one block of channels of one token, all streams, SITES sites."""
-    BLOCKS: tl.constexpr = (C + BC - 1) // BC
     MASKED: tl.constexpr = C % BC != 0
-    program = tl.program_id(0)
-    token = (program // BLOCKS).to(tl.int64)
-    offsets = (program % BLOCKS) * BC + tl.arange(0, BC)
+    token, offsets = token_block(C, BC)
     mask = offsets < C
-    xs = ()
-    for i in tl.static_range(N):
-        xs = xs + (load_row(x_ptr, (token * N + i) * C, offsets, mask, MASKED),)
+    xs = wide_streams(x_ptr, token, offsets, mask, C, N, MASKED)
     xs = one_site(xs, y0, q0, h0, out0, token, offsets, mask, C, N, MASKED, HAS_RES, TRANSPOSE)
     if SITES > 1:
         xs = one_site(xs, y1, q1, h1, out1, token, offsets, mask, C, N, MASKED, HAS_RES, TRANSPOSE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 from mhc_compile.config import Options
 from mhc_compile.lowering.base import LoweringLog
@@ -44,6 +45,46 @@ def chain(x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
         y = torch.nn.functional.silu(torch.ops.mhc.pre.default(state, pre) @ w)
         state = torch.ops.mhc.post.default(state, y, post, res, False)
     return torch.ops.mhc.collapse.default(state, "mean")
+
+
+def normed_chain(x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
+    """`chain` with branches that begin with a norm."""
+    state = torch.ops.mhc.expand.default(x, 4)
+    weight = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
+    for index in range(2):
+        own = parameters[5 * index : 5 * index + 5]
+        pre, post, res, _ = torch.ops.mhc.coefficients.default(state, *own, **SPEC.op_arguments())
+        u, *_ = torch.ops.mhc.pre_norm.default(state, pre, weight, None, "rms", 1e-6, 0.0, True)
+        state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
+    return torch.ops.mhc.collapse.default(state, "mean")
+
+
+def kernels_of(graph: fx.Graph) -> list[str]:
+    """The names of the kernels that a graph calls, in order."""
+    called = [str(node.target).removesuffix(".default") for node in graph.nodes if node.op == "call_function"]
+    return [name.removeprefix("mhc_kernel.") for name in called if name.startswith("mhc_kernel.")]
+
+
+class FakeGraph:
+    """A graph that is written by hand, each node with the fake tensor that it gives."""
+
+    def __init__(self) -> None:
+        self.graph, self._mode = fx.Graph(), FakeTensorMode()
+
+    def given(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
+        """An input."""
+        node = self.graph.placeholder(name)
+        with self._mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        return node
+
+    def call(self, target: object, *args: object) -> fx.Node:
+        """A call of an overload, or getitem."""
+        node = self.graph.call_function(target, args)  # type: ignore[arg-type]  # an overload, or getitem
+        with self._mode:
+            values = fx.map_arg(args, lambda one: one.meta["val"])
+            node.meta["val"] = target(*values)  # type: ignore[operator,misc]  # an overload, or getitem
+        return node
 
 
 def inputs(tokens: int, width: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -7,8 +7,9 @@ import torch
 
 from mhc_compile.compat import triton_version
 from mhc_compile.lowering.base import LoweringLog
+from tests.lowering.graphs import kernels_of
 from tests.lowering.interpreter import interpreted
-from tests.lowering.test_activate_post import graph_of, targets
+from tests.lowering.test_activate_post import graph_of
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
 
@@ -57,17 +58,8 @@ import torch
 from mhc_compile.config import FUSIONS, Options
 from mhc_compile.lowering import activate_beside_norm
 from mhc_compile.lowering.base import LoweringLog
-from tests.lowering.graphs import SPEC, close, gradients, inputs, lowered
-
-def sites(x, w, *parameters):
-    state = torch.ops.mhc.expand.default(x, 4)
-    weight = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
-    for index in range(2):
-        own = parameters[5 * index : 5 * index + 5]
-        pre, post, res, _ = torch.ops.mhc.coefficients.default(state, *own, **SPEC.op_arguments())
-        u, *_ = torch.ops.mhc.pre_norm.default(state, pre, weight, None, "rms", 1e-6, 0.0, True)
-        state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
-    return torch.ops.mhc.collapse.default(state, "mean")
+from tests.lowering.graphs import close, gradients, inputs, kernels_of, lowered
+from tests.lowering.graphs import normed_chain as sites
 
 activate_beside_norm.LEAST = 66
 
@@ -85,8 +77,7 @@ def run(grad, lengths=(33,), fuse=True, **options):
             with torch.no_grad():
                 close([compiled(*given)], [sites(*exact)], 1e-5)
     assert len(seen) == 1 + grad, "one compile serves every length"
-    called = [str(node.target).removesuffix(".default") for node in seen[0].graph.nodes]
-    return [name.removeprefix("mhc_kernel.") for name in called if name.startswith("mhc_kernel.")], log
+    return kernels_of(seen[0].graph), log
 
 def sites_of(*site):
     return [*site, "post", *site, "post_collapse"]
@@ -122,7 +113,7 @@ def test_the_pair_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
         graph, log = graph_of(extra), LoweringLog()
         assert activate_beside_norm.merge(graph, log) == 1
         graph.lint()
-        assert targets(graph) == ["activate_beside_norm", "post"]
+        assert kernels_of(graph) == ["activate_beside_norm", "post"]
         assert log.counts()["activate + pre_norm", "fused"] == 1
         assert activate_beside_norm.merge(graph, log) == 0
 

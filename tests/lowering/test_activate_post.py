@@ -7,11 +7,11 @@ import operator
 import pytest
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 
 from mhc_compile.compat import triton_version
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.ops import CoefficientSpec
+from tests.lowering.graphs import FakeGraph, kernels_of
 from tests.lowering.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
@@ -54,17 +54,8 @@ import torch
 from mhc_compile.config import FUSIONS, Options
 from mhc_compile.lowering import activate_post
 from mhc_compile.lowering.base import LoweringLog
-from tests.lowering.graphs import SPEC, close, inputs, lowered
-
-def sites(x, w, *parameters):
-    state = torch.ops.mhc.expand.default(x, 4)
-    weight = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
-    for index in range(2):
-        own = parameters[5 * index : 5 * index + 5]
-        pre, post, res, _ = torch.ops.mhc.coefficients.default(state, *own, **SPEC.op_arguments())
-        u, *_ = torch.ops.mhc.pre_norm.default(state, pre, weight, None, "rms", 1e-6, 0.0, True)
-        state = torch.ops.mhc.post.default(state, torch.nn.functional.silu(u @ w), post, res, False)
-    return torch.ops.mhc.collapse.default(state, "mean")
+from tests.lowering.graphs import close, inputs, kernels_of, lowered
+from tests.lowering.graphs import normed_chain as sites
 
 alone = tuple(name for name in FUSIONS if name not in ("activate_beside_norm", "ends"))
 
@@ -79,8 +70,7 @@ def run(grad, lengths=(33,), fuse=alone, **options):
             got = compiled(*given)
             close([got], [sites(*(one.detach().double() for one in given))], 0.02)
     assert len(seen) == 1 + grad, "one compile serves every length"
-    called = [str(node.target).removesuffix(".default") for node in seen[0].graph.nodes]
-    return [name.removeprefix("mhc_kernel.") for name in called if name.startswith("mhc_kernel.")], log
+    return kernels_of(seen[0].graph), log
 
 site = ["project", "gate_pre_norm", "activate_post"]
 called, log = run(False, (33, 36))
@@ -113,21 +103,9 @@ def graph_of(extra: str = "", norm: bool = True, streams: int = 4, late: bool = 
     from mhc_compile.lowering import post, pre, pre_norm  # noqa: F401  # registers the ops
     from mhc_compile.lowering.coefficients import padded_rows
 
-    graph, mode, spec, n = fx.Graph(), FakeTensorMode(), CoefficientSpec(streams=streams), streams
+    made, spec, n = FakeGraph(), CoefficientSpec(streams=streams), streams
+    graph, given, call = made.graph, made.given, made.call
     kernels, aten = torch.ops.mhc_kernel, torch.ops.aten
-
-    def given(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
-        node = graph.placeholder(name)
-        with mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype)
-        return node
-
-    def call(target: object, *args: object) -> fx.Node:
-        node = graph.call_function(target, args)  # type: ignore[arg-type]  # an overload, or getitem
-        with mode:
-            values = fx.map_arg(args, lambda one: one.meta["val"])
-            node.meta["val"] = target(*values)  # type: ignore[operator,misc]  # an overload, or getitem
-        return node
 
     x, y = given("x", 1, 96, n, 32, dtype=torch.bfloat16), given("y", 1, 96, 32, dtype=torch.bfloat16)
     partial, bias = given("partial", 2, 96, padded_rows(spec)), given("bias", spec.rows)
@@ -154,11 +132,6 @@ def graph_of(extra: str = "", norm: bool = True, streams: int = 4, late: bool = 
     return graph
 
 
-def targets(graph: fx.Graph) -> list[str]:
-    names = [str(node.target).removesuffix(".default") for node in graph.nodes if node.op == "call_function"]
-    return [name.removeprefix("mhc_kernel.") for name in names if name.startswith("mhc_kernel.")]
-
-
 def test_both_are_taken() -> None:
     from mhc_compile.lowering import activate_post
 
@@ -166,7 +139,7 @@ def test_both_are_taken() -> None:
         graph, log = graph_of(extra), LoweringLog()
         assert activate_post.merge(graph, log) == 1
         graph.lint()
-        assert targets(graph) == ["gate_pre_norm", "activate_post"]
+        assert kernels_of(graph) == ["gate_pre_norm", "activate_post"]
         assert log.counts()["activate + post", "fused"] == log.counts()["activate_pre + pre_norm", "fused"] == 1
         assert activate_post.merge(graph, log) == 0
 

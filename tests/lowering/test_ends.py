@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 
 from mhc_compile.compat import triton_version
 from mhc_compile.lowering.base import LoweringLog
 from mhc_compile.lowering.ends import row_of
+from tests.lowering.graphs import FakeGraph
 from tests.lowering.interpreter import interpreted
 
 needs_triton = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
@@ -104,17 +104,11 @@ def test_whole_graphs() -> None:
 
 
 def copies(axis: int, shape: tuple[int, ...], spread: tuple[int, ...], clone: bool = True) -> fx.Node:
-    graph, mode = fx.Graph(), FakeTensorMode()
-    node = graph.placeholder("row")
-    with mode:
-        node.meta["val"] = torch.empty(shape)
-    aten = torch.ops.aten
+    made, aten = FakeGraph(), torch.ops.aten
+    node = made.given("row", *shape)
     steps = [(aten.unsqueeze.default, axis), (aten.expand.default, spread), (aten.clone.default,)]
     for target, *rest in steps if clone else steps[:2]:
-        below = node
-        node = graph.call_function(target, (below, *rest))
-        with mode:
-            node.meta["val"] = target(below.meta["val"], *rest)
+        node = made.call(target, node, *rest)
     return node
 
 
@@ -136,15 +130,12 @@ def test_a_gradient_that_is_read_elsewhere_is_written() -> None:
     from mhc_compile.lowering import boundary, ends  # noqa: F401  # registers the op
 
     for extra in (False, True):
-        graph, mode = fx.Graph(), FakeTensorMode()
-        x, du, p = (graph.placeholder(name) for name in ("x", "du", "p"))
-        with mode:
-            half = functools.partial(torch.empty, dtype=torch.float16)
-            x.meta["val"], du.meta["val"], p.meta["val"] = half(2, 4, 16), half(2, 16), torch.empty(2, 4)
+        made = FakeGraph()
+        graph, half = made.graph, functools.partial(made.given, dtype=torch.float16)
+        x, du, p = half("x", 2, 4, 16), half("du", 2, 16), made.given("p", 2, 4)
         args = (x, None, None, False, du, p, None, None, None)
-        state = graph.call_function(torch.ops.mhc_kernel.streams_backward.default, args)
-        total = graph.call_function(torch.ops.mhc.expand_backward.default, (state,))
-        state.meta["val"], total.meta["val"] = x.meta["val"], du.meta["val"]
+        state = made.call(torch.ops.mhc_kernel.streams_backward.default, *args)
+        total = made.call(torch.ops.mhc.expand_backward.default, state)
         graph.output((total, state) if extra else (total,))
         log = LoweringLog()
         assert ends.sum_streams(graph, log) == (not extra)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 
 from mhc_compile.compat import triton_version
 from mhc_compile.lowering.base import LoweringLog
+from tests.lowering.graphs import FakeGraph
 from tests.lowering.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(not triton_version(), reason="Triton is not installed")
@@ -49,20 +49,8 @@ def test_the_bits_of_the_two_ops() -> None:
 
 def graph_of(extra: bool, other: bool) -> fx.Graph:
     """post -> collapse; `extra`: the state is read elsewhere too; `other`: it is an input."""
-    graph, mode = fx.Graph(), FakeTensorMode()
-
-    def given(name: str, *shape: int) -> fx.Node:
-        node = graph.placeholder(name)
-        with mode:
-            node.meta["val"] = torch.empty(shape)
-        return node
-
-    def call(target: object, *args: object) -> fx.Node:
-        node = graph.call_function(target, args)  # type: ignore[arg-type]  # an overload
-        with mode:
-            node.meta["val"] = target(*fx.map_arg(args, lambda one: one.meta["val"]))  # type: ignore[operator]  # an overload
-        return node
-
+    made = FakeGraph()
+    graph, given, call = made.graph, made.given, made.call
     x, y, q, h = given("x", 2, 3, 4, 16), given("y", 2, 3, 16), given("q", 2, 3, 4), given("h", 2, 3, 4, 4)
     state = x if other else call(torch.ops.mhc.post.default, x, y, q, h, False)
     out = call(torch.ops.mhc.collapse.default, state, "mean")
